@@ -1,0 +1,6 @@
+//! Block allocator, prefix cache, block tables and continuous-batching scheduler of pagedcore.
+//!
+//! Levels 0 to 3 of the package. Nothing here touches a tensor: every level returns data (which block to copy
+//! where, which slot a token goes to). The `python` feature adds the `pagedcore._core` extension module; without
+//! it the crate builds and tests with no Python installed.
+#![forbid(unsafe_code)]
