@@ -4,3 +4,6 @@
 //! where, which slot a token goes to). The `python` feature adds the `pagedcore._core` extension module; without
 //! it the crate builds and tests with no Python installed.
 #![forbid(unsafe_code)]
+
+#[cfg(feature = "python")]
+mod python;
