@@ -251,3 +251,9 @@ def fail(sentence: str) -> NoReturn:
     """End the build with a message and no traceback."""
     sys.stdout.flush()
     sys.exit(f"pagedcore: {sentence}.")
+
+
+if __name__ == "__main__":
+    # Before a long set-up: is there everything that the compilation will need?
+    prepare_rust()
+    check_cpp()

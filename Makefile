@@ -1,0 +1,111 @@
+# Everything runs in .venv, which the first target that needs it makes from nothing. Stamp files inside it remember what is
+# done, so a second call starts at once; a change of a source file rebuilds the package, one of pyproject.toml the rest.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+
+# A fresh rustup may not be on this shell's PATH yet.
+export PATH := $(CURDIR)/.venv/bin:$(PATH):$(HOME)/.cargo/bin
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+
+PIP := .venv/bin/python -m pip --disable-pip-version-check
+TOOLS := .venv/.tools
+BUILT := .venv/.built
+READY := .venv/.ready
+MODEL := .cache/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+SOURCES := $(shell find rust/src cuda CMakeLists.txt Cargo.toml Cargo.lock python/_build -type f -not -name '*.pyc' 2>/dev/null)
+
+say = @printf '==> %s\n'
+
+.PHONY: help
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@printf '\nARGS is passed on: make test-python ARGS="-k pool", make run ARGS="--json result.json".\n'
+
+# Set-up --------------------------------------------------------------------------------------------------------------
+
+# The build tools come first and the compilation second: what is missing on the machine shows before torch is downloaded.
+$(TOOLS): pyproject.toml
+	@.ci/find-python > /dev/null
+	$(say) "set-up 1/3: .venv and the build tools"
+	@[ -x .venv/bin/python ] || "$$(.ci/find-python)" -m venv .venv
+	@$(PIP) install --quiet --upgrade 'pip>=25.1'
+	@$(PIP) install --quiet --group build
+	@.venv/bin/python python/_build/pagedcore_build.py
+	@touch $@
+
+$(BUILT): $(TOOLS) $(SOURCES)
+	$(say) "set-up 2/3: compile pagedcore (half a minute the first time)"
+	@$(PIP) install --verbose --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(READY): pyproject.toml | $(BUILT)
+	$(say) "set-up 3/3: torch, transformers and the test tools (about 3 GB to download the first time)"
+	@$(PIP) install --no-build-isolation -e '.[engine,dev]'
+	@touch $@
+
+$(MODEL): | $(TOOLS)
+	$(say) "fetch SmolLM2-135M-Instruct (93 MB)"
+	@.venv/bin/python bench/fetch_model.py
+
+.PHONY: setup
+setup: $(READY) ## Make .venv with the build tools, torch and the package, nothing else
+
+.PHONY: build
+build: $(BUILT) ## Compile the package into .venv without torch
+
+# Jobs ----------------------------------------------------------------------------------------------------------------
+
+.PHONY: run
+run: $(READY) $(MODEL) ## The main job: answer 64 prompts with SmolLM2-135M out of paged memory
+	@.venv/bin/python docs/examples/answer_prompts.py --model $(MODEL) $(ARGS)
+
+.PHONY: test
+test: test-rust test-python ## All tests but the slow ones
+
+.PHONY: test-rust
+test-rust: ## The tests of the Rust core (no Python needed)
+	@command -v cargo > /dev/null || { echo "there is no Rust toolchain: install Rust from https://rustup.rs and try again" >&2; exit 1; }
+	$(say) "cargo test"
+	@cargo test --locked $(if $(findstring test-rust,$(MAKECMDGOALS)),$(ARGS))
+
+.PHONY: test-python
+test-python: $(READY) $(MODEL) ## The Python tests but the slow ones
+	$(say) "pytest"
+	@.venv/bin/python -m pytest -m "not slow" $(ARGS)
+
+.PHONY: test-slow
+test-slow: $(READY) $(MODEL) ## Only the slow Python tests
+	$(say) "pytest, slow tests"
+	@.venv/bin/python -m pytest -m slow $(ARGS)
+
+.PHONY: bench
+bench: $(READY) ## The microbenchmarks
+	@.venv/bin/python -m pagedcore.bench $(ARGS)
+
+.PHONY: lint
+lint: $(READY) ## Formatters in check mode, clippy, ruff, mypy, stubtest
+	@.ci/lint
+
+.PHONY: format
+format: $(READY) ## Format all sources in place
+	@cargo fmt
+	@.venv/bin/ruff check --quiet --fix-only .
+	@.venv/bin/ruff format --quiet .
+	@git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs -r .venv/bin/clang-format -i
+
+.PHONY: wheel
+wheel: $(TOOLS) ## Build the sdist, and the wheel from the sdist, into dist/
+	@$(PIP) install --quiet build
+	@.venv/bin/python -m build
+
+.PHONY: clean
+clean: ## Remove what was compiled; .venv and .cache stay
+	@rm -rf build dist target python/pagedcore/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis $(BUILT)
+	@find python tests bench docs -name __pycache__ -prune -exec rm -rf {} + 2> /dev/null || true
+
+.PHONY: distclean
+distclean: clean ## Remove .venv and the downloaded model as well
+	@rm -rf .venv .cache
