@@ -5,5 +5,13 @@
 //! it the crate builds and tests with no Python installed.
 #![forbid(unsafe_code)]
 
+mod bitmap;
+mod error;
+mod ids;
+mod pool;
 #[cfg(feature = "python")]
 mod python;
+
+pub use error::{BlockProblem, Error, Expected, Result, StepProblem};
+pub use ids::{BlockId, HandleKind, NamespaceHandle, NodeHandle, NodeId, SeqHandle, Step};
+pub use pool::{BlockPool, BlockState, NoCache, PoolStats, Reclaim};
