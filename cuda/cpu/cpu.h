@@ -1,0 +1,31 @@
+// The CPU backend: each op over plain parameters. Arguments were checked by the caller as far as shapes go; what depends on the contents of
+// index tensors (lengths, table entries, slots) is checked here, before anything is written.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "pagedcore/params.h"
+
+namespace pagedcore::cpu {
+
+// split_size: -1 the planner decides, 0 no split, n pieces of n tokens.
+void paged_attention(const AttentionParams& params, int64_t split_size, int num_threads);
+
+void reshape_and_cache(const CacheWriteParams& params, int64_t num_blocks, int num_threads);
+
+// One tensor whose first axis is the block: its inner axes merged into as few as possible, innermost contiguous.
+struct BlockRegion {
+  char* data;
+  int64_t num_blocks;
+  int64_t block_stride;             // bytes
+  std::vector<int64_t> shape;       // inner axes but the contiguous one, outermost first
+  std::vector<int64_t> strides;     // bytes
+  int64_t contiguous_bytes;
+};
+
+// For each (src, dst) pair and each region: region[dst] = region[src], pairs in order.
+void copy_blocks(const std::vector<BlockRegion>& regions, const int32_t* pairs, int64_t num_pairs, int num_threads);
+void zero_blocks(const std::vector<BlockRegion>& regions, const int32_t* blocks, int64_t count, int num_threads);
+
+}  // namespace pagedcore::cpu

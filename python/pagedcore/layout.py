@@ -1,0 +1,266 @@
+"""How KV data lies in memory: `KVCacheLayout` declares it, `KVCache` holds it.
+
+A layout is plain arithmetic: for each layer the byte offset of its K and V from the start of the data, and their
+strides over (block, head, token). Nothing guesses a layout from a shape, and kernels take any strides, so a pool of
+another system is passed as a (transposed) view instead.
+
+Two orders exist. ``"block"``: a block is one contiguous byte range over all layers, so that it moves in one copy.
+``"layer"``: each layer has an array of its own, as most servers keep it. Inside, both are (K or V, head, token, dim).
+"""
+
+from __future__ import annotations
+
+import mmap
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+from pagedcore.errors import InvalidArgumentError, UnsupportedError
+
+_ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_ALIGNMENT = 64  # bytes: K and V of every layer begin on a cache line
+_MAX_BYTES = 2**62
+
+
+def dtype_name(dtype: Any) -> str:
+    """The canonical name of a KV dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
+
+    Takes a name, a torch dtype or a NumPy dtype.
+    """
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
+    name = name.removeprefix("torch.")
+    if name not in _ITEM_SIZES:
+        raise InvalidArgumentError(
+            f"dtype: expected one of {', '.join(_ITEM_SIZES)}, got {dtype!r}", argument="dtype", got=dtype, expected=tuple(_ITEM_SIZES)
+        )
+    return name
+
+
+@dataclass(frozen=True)
+class PageView:
+    """Where the K (or V) of one layer lies: ``offset`` in bytes from the start of the data, strides in elements."""
+
+    offset: int
+    block_stride: int
+    head_stride: int
+    token_stride: int
+    shape: tuple[int, int, int, int]  # [num_blocks, num_kv_heads, block_size, head_dim]
+
+    @property
+    def strides(self) -> tuple[int, int, int, int]:
+        """Strides in elements over (block, head, token, dim)."""
+        return (self.block_stride, self.head_stride, self.token_stride, 1)
+
+
+@dataclass(frozen=True)
+class LayerLayout:
+    """K and V of one layer."""
+
+    k: PageView
+    v: PageView
+
+
+def _require_size(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidArgumentError(f"{name}: expected an int, got {value!r}", argument=name, got=value, expected="an int")
+    if not 1 <= value < 2**31:
+        raise InvalidArgumentError(f"{name}: expected 1 to 2**31 - 1, got {value}", argument=name, got=value, expected="1 to 2**31 - 1")
+
+
+@dataclass(frozen=True)
+class KVCacheLayout:
+    """The shape and byte layout of a KV cache; validated when made, immutable after.
+
+    ``layers[i]`` gives offsets and strides of layer i. ``block_bytes`` is what one block takes over all layers,
+    ``total_bytes`` what the whole cache takes.
+    """
+
+    num_blocks: int
+    block_size: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: Any
+    v_head_dim: int | None = None
+    kv_format: str = "auto"
+    scale_granularity: str = "tensor"
+    order: str = "block"
+    layers: tuple[LayerLayout, ...] = field(init=False, repr=False, compare=False)
+    block_bytes: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("num_blocks", "block_size", "num_layers", "num_kv_heads", "head_dim"):
+            _require_size(name, getattr(self, name))
+        if self.v_head_dim is None:
+            object.__setattr__(self, "v_head_dim", self.head_dim)
+        _require_size("v_head_dim", self.v_head_dim)
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        if self.kv_format not in ("auto", self.dtype):
+            raise UnsupportedError(
+                f"kv_format: expected 'auto' (as dtype), got {self.kv_format!r}", argument="kv_format", got=self.kv_format, expected=("auto",)
+            )
+        if self.scale_granularity != "tensor":
+            raise UnsupportedError(
+                f"scale_granularity: expected 'tensor', got {self.scale_granularity!r}",
+                argument="scale_granularity",
+                got=self.scale_granularity,
+                expected=("tensor",),
+            )
+        if self.order not in ("block", "layer"):
+            raise InvalidArgumentError(
+                f"order: expected 'block' or 'layer', got {self.order!r}", argument="order", got=self.order, expected=("block", "layer")
+            )
+        layers, block_bytes = self._place()
+        if block_bytes * self.num_blocks > _MAX_BYTES:
+            raise InvalidArgumentError(
+                f"num_blocks: expected a cache of at most 2**62 bytes, got {block_bytes * self.num_blocks}",
+                argument="num_blocks",
+                got=self.num_blocks,
+                expected=_MAX_BYTES // block_bytes,
+            )
+        object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "block_bytes", block_bytes)
+
+    @property
+    def item_size(self) -> int:
+        """Bytes of one element."""
+        return _ITEM_SIZES[self.dtype]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the whole cache."""
+        return self.num_blocks * self.block_bytes
+
+    @property
+    def layer_block_bytes(self) -> int:
+        """Bytes of one block of one layer, K and V."""
+        return self.block_bytes // self.num_layers
+
+    def _place(self) -> tuple[tuple[LayerLayout, ...], int]:
+        def padded(size: int) -> int:
+            return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+        v_head_dim = self.v_head_dim or self.head_dim
+        k_bytes = padded(self.num_kv_heads * self.block_size * self.head_dim * self.item_size)
+        v_bytes = padded(self.num_kv_heads * self.block_size * v_head_dim * self.item_size)
+        layer_bytes = k_bytes + v_bytes
+        block_bytes = layer_bytes * self.num_layers
+        step = block_bytes if self.order == "block" else layer_bytes  # bytes from one block to the next
+        layers = []
+        for i in range(self.num_layers):
+            start = i * layer_bytes if self.order == "block" else i * layer_bytes * self.num_blocks
+
+            def page(offset: int, dim: int) -> PageView:
+                return PageView(
+                    offset=offset,
+                    block_stride=step // self.item_size,
+                    head_stride=self.block_size * dim,
+                    token_stride=dim,
+                    shape=(self.num_blocks, self.num_kv_heads, self.block_size, dim),
+                )
+
+            layers.append(LayerLayout(k=page(start, self.head_dim), v=page(start + k_bytes, v_head_dim)))
+        return tuple(layers), block_bytes
+
+    def allocate(self, device: str = "cpu", library: str = "auto") -> KVCache:
+        """Zeroed memory in this layout.
+
+        ``library`` is ``"torch"`` or ``"numpy"``: what the tensors of the cache are. ``"auto"`` takes torch if the
+        process has imported it, else NumPy (which has no bfloat16 of its own: the `ml_dtypes` package supplies it).
+        Raises MemoryError if the system does not give the memory.
+        """
+        if str(device) != "cpu":
+            raise UnsupportedError(f"device: expected 'cpu', got {str(device)!r}", argument="device", got=str(device), expected=("cpu",))
+        if library == "auto":
+            library = "torch" if "torch" in sys.modules else "numpy"
+        if library not in ("torch", "numpy"):
+            raise InvalidArgumentError(
+                f"library: expected 'auto', 'torch' or 'numpy', got {library!r}", argument="library", got=library, expected=("auto", "torch", "numpy")
+            )
+        return KVCache(self, _map_zeroed(self.total_bytes), library)
+
+
+def _map_zeroed(size: int) -> mmap.mmap:
+    """Private zero pages, in huge ones where the system has them: they save a page walk per few kilobytes of KV read."""
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, ValueError, OverflowError) as error:
+        raise MemoryError(f"{size} bytes of KV cache: {error}") from error
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:
+            pass  # a kernel without transparent huge pages: slower, not wrong
+    return memory
+
+
+class KVCache:
+    """The memory of a KV cache, and views of it.
+
+    ``data`` is uint8 ``[num_blocks, block_bytes]`` (order ``"block"``) or ``[num_layers, num_blocks, layer_block_bytes]``
+    (order ``"layer"``). All views share the memory, which lives as long as any of them.
+    """
+
+    def __init__(self, layout: KVCacheLayout, memory: mmap.mmap, library: str) -> None:
+        self.layout = layout
+        if layout.order == "block":
+            shape: tuple[int, ...] = (layout.num_blocks, layout.block_bytes)
+        else:
+            shape = (layout.num_layers, layout.num_blocks, layout.layer_block_bytes)
+        make = _torch_views if library == "torch" else _numpy_views
+        self.data, self._layers = make(layout, memory, shape)
+
+    def layer(self, i: int) -> tuple[Any, Any]:
+        """``(k_cache, v_cache)`` of layer i, each ``[num_blocks, num_kv_heads, block_size, head_dim]``."""
+        if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < self.layout.num_layers:
+            raise InvalidArgumentError(
+                f"i: expected a layer in [0, {self.layout.num_layers}), got {i!r}", argument="i", got=i, expected=self.layout.num_layers
+            )
+        return self._layers[i]
+
+    def block_tensors(self) -> list[Any]:
+        """Tensors whose first axis is the block and which cover every byte once: what copying and zeroing work on."""
+        return [self.data] if self.layout.order == "block" else list(self.data)
+
+    def __repr__(self) -> str:
+        return f"KVCache({self.layout!r}, {self.layout.total_bytes / 2**20:.1f} MiB)"
+
+
+def _torch_views(layout: KVCacheLayout, memory: mmap.mmap, shape: tuple[int, ...]) -> tuple[Any, list[tuple[Any, Any]]]:
+    try:
+        import torch
+    except ImportError as error:
+        raise UnsupportedError(
+            "library: expected one that is installed, got 'torch'", argument="library", got="torch", hint="pip install 'pagedcore[torch]'"
+        ) from error
+    flat = torch.frombuffer(memory, dtype=torch.uint8)
+    elements = flat.view(getattr(torch, layout.dtype))
+
+    def view(page: PageView) -> Any:
+        return elements.as_strided(page.shape, page.strides, page.offset // layout.item_size)
+
+    return flat.view(shape), [(view(layer.k), view(layer.v)) for layer in layout.layers]
+
+
+def _numpy_views(layout: KVCacheLayout, memory: mmap.mmap, shape: tuple[int, ...]) -> tuple[Any, list[tuple[Any, Any]]]:
+    import numpy as np
+
+    if layout.dtype == "bfloat16":
+        try:
+            from ml_dtypes import bfloat16 as dtype
+        except ImportError as error:
+            raise UnsupportedError(
+                "dtype: expected float32 or float16 for NumPy without ml_dtypes, got 'bfloat16'",
+                argument="dtype",
+                got="bfloat16",
+                expected=("float32", "float16"),
+                hint="pip install ml_dtypes, or library='torch'",
+            ) from error
+    else:
+        dtype = layout.dtype
+    size = layout.item_size
+
+    def view(page: PageView) -> Any:
+        return np.ndarray(page.shape, dtype, memory, page.offset, tuple(stride * size for stride in page.strides))
+
+    return np.ndarray(shape, np.uint8, memory), [(view(layer.k), view(layer.v)) for layer in layout.layers]

@@ -1,0 +1,157 @@
+"""Level 4: what is done to tensors. Write K and V to the cache, attend to it, copy and clear its blocks.
+
+Tensors are torch tensors or NumPy arrays on the CPU (anything with DLPack's C exchange API or the buffer protocol).
+Axis order is fixed, strides are not: the last axis must be contiguous, all others may have any stride, so a cache in
+another order is passed as a transposed view. Index tensors are int32, ``slot_mapping`` int64.
+
+Every call checks its arguments first; on an error nothing has been written.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pagedcore import _kernels
+from pagedcore.errors import InvalidArgumentError, UnsupportedError
+from pagedcore.layout import KVCache
+
+
+def _unsupported(argument: str, got: Any, expected: str) -> UnsupportedError:
+    return UnsupportedError(f"{argument}: expected {expected}, got {got!r}", argument=argument, got=got, expected=expected)
+
+
+def reshape_and_cache(
+    key: Any, value: Any, k_cache: Any, v_cache: Any, slot_mapping: Any, *, k_scale: Any = None, v_scale: Any = None, num_threads: int | None = None
+) -> None:
+    """Writes this step's K and V to their slots.
+
+    key ``[num_tokens, num_kv_heads, head_dim]``, value ``[num_tokens, num_kv_heads, v_head_dim]``, caches
+    ``[num_blocks, num_kv_heads, block_size, dim]``, slot_mapping int64 ``[num_tokens]`` = block * block_size + offset;
+    a negative slot is padding and is skipped. A slot past the cache is an error, and nothing is written.
+    """
+    if k_scale is not None:
+        raise _unsupported("k_scale", k_scale, "None (the cache is not quantised)")
+    if v_scale is not None:
+        raise _unsupported("v_scale", v_scale, "None (the cache is not quantised)")
+    _kernels.reshape_and_cache(key, value, k_cache, v_cache, slot_mapping, num_threads)
+
+
+def paged_attention(
+    query: Any,
+    k_cache: Any,
+    v_cache: Any,
+    block_table: Any,
+    seq_lens: Any,
+    query_start_loc: Any,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    k_scale: Any = None,
+    v_scale: Any = None,
+    out: Any = None,
+    lse: Any = None,
+    return_lse: bool = False,
+    max_query_len: int | None = None,
+    max_seq_len: int | None = None,
+    block_table_rows: Any = None,
+    split_size: int | None = None,
+    plan: Any = None,
+    workspace: Any = None,
+    num_threads: int | None = None,
+) -> Any:
+    """Attention of this step's queries over the paged cache: decode, chunked prefill and mixed batches in one call.
+
+    query ``[num_tokens, num_heads, head_dim]``, all sequences' queries one after another; query_start_loc int32
+    ``[num_seqs + 1]`` their cumulative lengths; seq_lens int32 ``[num_seqs]`` the tokens in the cache, this step's
+    included; block_table int32 ``[num_seqs, max_blocks]``. Query i of a sequence has position seq_len - query_len + i.
+
+    Returns out ``[num_tokens, num_heads, v_head_dim]``, or ``(out, lse)`` if an lse is asked for: float32
+    ``[num_tokens, num_heads]``, natural log. A row that sees no key (seq_len 0, padding) is 0, with lse -inf.
+    """
+    if softcap != 0.0:
+        raise _unsupported("softcap", softcap, "0.0 (none)")
+    for name, given in (("alibi_slopes", alibi_slopes), ("sinks", sinks), ("k_scale", k_scale), ("v_scale", v_scale), ("plan", plan), ("workspace", workspace)):
+        if given is not None:
+            raise _unsupported(name, given, "None")
+    if out is None:
+        out = _empty(query, v_cache, None)
+    if lse is None and return_lse:
+        lse = _empty(query, None, "float32")
+    _kernels.paged_attention(
+        query,
+        k_cache,
+        v_cache,
+        block_table,
+        seq_lens,
+        query_start_loc,
+        out,
+        lse,
+        scale,
+        causal,
+        window,
+        max_query_len,
+        max_seq_len,
+        block_table_rows,
+        split_size,
+        num_threads,
+    )
+    return out if lse is None else (out, lse)
+
+
+def _empty(query: Any, v_cache: Any, dtype: str | None) -> Any:
+    """An output for `query`, in its library: [tokens, heads, v_head_dim], or [tokens, heads] float32."""
+    shape = getattr(query, "shape", None)
+    if shape is None:
+        raise TypeError(f"query: expected a tensor, got {type(query).__name__}")
+    if len(shape) != 3:
+        raise InvalidArgumentError(
+            f"query: expected shape [num_tokens, num_heads, head_dim], got {list(shape)}", argument="query", got=tuple(shape), expected=3
+        )
+    size = tuple(shape[:2])
+    if v_cache is not None:
+        cache_shape = getattr(v_cache, "shape", None)
+        if cache_shape is None:
+            raise TypeError(f"v_cache: expected a tensor, got {type(v_cache).__name__}")
+        if len(cache_shape) != 4:
+            raise InvalidArgumentError(
+                f"v_cache: expected shape [num_blocks, num_kv_heads, block_size, v_head_dim], got {list(cache_shape)}",
+                argument="v_cache",
+                got=tuple(cache_shape),
+                expected=4,
+            )
+        size = (*size, cache_shape[3])
+    new_empty = getattr(query, "new_empty", None)
+    if new_empty is not None:  # torch
+        if dtype is None:
+            return new_empty(size)
+        import torch
+
+        return new_empty(size, dtype=torch.float32)
+    import numpy as np
+
+    return np.empty(size, dtype or query.dtype)
+
+
+def _block_tensors(kv: Any) -> list[Any]:
+    if isinstance(kv, KVCache):
+        return kv.block_tensors()
+    if isinstance(kv, (list, tuple)):
+        return [tensor for item in kv for tensor in _block_tensors(item)]
+    return [kv]
+
+
+def copy_blocks(kv: Any, pairs: Any, *, num_threads: int | None = None) -> None:
+    """Copies whole blocks, all layers: for each row (src, dst) of `pairs`, block dst becomes a copy of block src, in order.
+
+    kv is a `KVCache`, or a tensor whose first axis is the block, or a list of these. pairs int32 ``[num_pairs, 2]``.
+    """
+    _kernels.copy_blocks(_block_tensors(kv), pairs, num_threads)
+
+
+def zero_blocks(kv: Any, blocks: Any, *, num_threads: int | None = None) -> None:
+    """Clears whole blocks, all layers. kv as in `copy_blocks`; blocks int32 ``[count]``."""
+    _kernels.zero_blocks(_block_tensors(kv), blocks, num_threads)
