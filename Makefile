@@ -41,9 +41,10 @@ $(BUILT): $(TOOLS) $(SOURCES)
 	@$(PIP) install --verbose --no-build-isolation --no-deps -e .
 	@touch $@
 
+# --no-compile: byte-compiling all of torch would take twice as long as installing it.
 $(READY): pyproject.toml | $(BUILT)
 	$(say) "set-up 3/3: torch, transformers and the test tools (about 3 GB to download the first time)"
-	@$(PIP) install --no-build-isolation -e '.[engine,dev]'
+	@$(PIP) install --no-compile --no-build-isolation -e '.[engine,dev]'
 	@touch $@
 
 $(MODEL): | $(TOOLS)

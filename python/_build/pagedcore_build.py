@@ -92,8 +92,7 @@ def prepare_build() -> None:
     """Check the tools, then leave an up-to-date `_kernels` in the package, ready to be packed."""
     prepare_rust()
     check_cpp()
-    if (ROOT / "CMakeLists.txt").is_file():
-        install_kernels(build_kernels())
+    install_kernels(build_kernels())
 
 
 def build_kernels() -> Path:
