@@ -8,10 +8,16 @@
 mod bitmap;
 mod error;
 mod ids;
+#[allow(dead_code)] // the scheduler writes plans
+mod plan;
+#[allow(dead_code)] // the scheduler asks
+mod policy;
 mod pool;
 #[cfg(feature = "python")]
 mod python;
 
 pub use error::{BlockProblem, Error, Expected, Result, StepProblem};
 pub use ids::{BlockId, HandleKind, NamespaceHandle, NodeHandle, NodeId, SeqHandle, Step};
+pub use plan::{ARRAYS, Array, ArrayInfo, BlockTableView, DType, HEADER_BYTES, StepPlan};
+pub use policy::Rank;
 pub use pool::{BlockPool, BlockState, NoCache, PoolStats, Reclaim};
