@@ -87,8 +87,12 @@ bench: $(READY) ## The microbenchmarks
 	@.venv/bin/python -m pagedcore.bench $(ARGS)
 
 .PHONY: lint
-lint: $(READY) ## Formatters in check mode, clippy, ruff, mypy, stubtest
+lint: rust-components $(READY) ## Formatters in check mode, clippy, ruff, mypy, stubtest
 	@.ci/lint
+
+.PHONY: rust-components
+rust-components: # before a long set-up, as these come with Rust and not with pip
+	@.ci/lint rust-components
 
 .PHONY: format
 format: $(READY) ## Format all sources in place
