@@ -6,18 +6,32 @@
 #![forbid(unsafe_code)]
 
 mod bitmap;
+mod content;
+mod copies;
 mod error;
 mod ids;
+mod lru;
+mod manager;
+mod namespace;
 #[allow(dead_code)] // the scheduler writes plans
 mod plan;
 #[allow(dead_code)] // the scheduler asks
 mod policy;
 mod pool;
+mod prefix;
 #[cfg(feature = "python")]
 mod python;
+mod sequence;
+mod tokens;
+mod trie;
+mod zeroing;
 
+pub use content::{ContentKey, ContentKeys};
 pub use error::{BlockProblem, Error, Expected, Result, StepProblem};
 pub use ids::{BlockId, HandleKind, NamespaceHandle, NodeHandle, NodeId, SeqHandle, Step};
+pub use manager::{KVCacheManager, KVGroup, MAX_FORKS, ManagerConfig, ManagerStats};
+pub use namespace::{ExtraKey, NamespaceKey};
 pub use plan::{ARRAYS, Array, ArrayInfo, BlockTableView, DType, HEADER_BYTES, StepPlan};
 pub use policy::Rank;
-pub use pool::{BlockPool, BlockState, NoCache, PoolStats, Reclaim};
+pub use pool::{BlockPool, BlockState, MAX_BLOCK_SIZE, MAX_BLOCKS, NoCache, PoolStats, Reclaim};
+pub use prefix::{CacheStats, Commit, PrefixCache, PrefixHit};

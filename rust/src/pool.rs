@@ -259,20 +259,7 @@ impl BlockPool {
     /// [`Error::Block`] for a block that is out of range, null, held by nobody, or held 2³² − 1 times. On error
     /// nothing changes.
     pub fn retain(&mut self, blocks: &[BlockId]) -> Result<()> {
-        for (done, &block) in blocks.iter().enumerate() {
-            let counted = self.used_refs(block).and_then(|refs| {
-                refs.checked_add(1)
-                    .ok_or_else(|| self.refuse(block, BlockProblem::TooManyReferences))
-            });
-            match counted {
-                Ok(refs) => self.refs[block.index()] = refs,
-                Err(error) => {
-                    blocks[..done].iter().for_each(|block| self.refs[block.index()] -= 1);
-                    return Err(error);
-                }
-            }
-        }
-        Ok(())
+        self.retain_times(blocks, 1)
     }
 
     /// Gives back one reference to each block (a block named twice: two). A block that nobody holds any more is
@@ -285,34 +272,9 @@ impl BlockPool {
     /// fewer references than are given back. On error nothing changes.
     pub fn release(&mut self, blocks: &[BlockId], after_step: Option<Step>, cache: &mut dyn Reclaim) -> Result<()> {
         let fence = self.fence(after_step)?;
-        let mut dropped = std::mem::take(&mut self.scratch);
-        let mut failed = None;
-        for (done, &block) in blocks.iter().enumerate() {
-            match self.used_refs(block) {
-                Ok(refs) => {
-                    self.refs[block.index()] = refs - 1;
-                    if refs == 1 {
-                        dropped.push(block);
-                    }
-                }
-                Err(error) => {
-                    blocks[..done].iter().for_each(|block| self.refs[block.index()] += 1);
-                    dropped.clear();
-                    failed = Some(error);
-                    break;
-                }
-            }
-        }
-        if failed.is_none() {
-            if fence > self.watermark {
-                blocks.iter().for_each(|&block| self.raise_fence(block, fence));
-            }
-            for block in dropped.drain(..) {
-                self.settle_unheld(block, cache);
-            }
-        }
-        self.scratch = dropped;
-        failed.map_or(Ok(()), Err)
+        self.plan_release(blocks)?;
+        self.apply_release(blocks, fence, cache);
+        Ok(())
     }
 
     /// Begins a step and returns its number. Call it before the step's first table is read. O(1).
@@ -660,6 +622,90 @@ impl BlockPool {
                 self.free.insert(block);
             }
         }
+    }
+
+    /// Adds `times` references to each block. On error nothing changes.
+    pub(crate) fn retain_times(&mut self, blocks: &[BlockId], times: u32) -> Result<()> {
+        for (done, &block) in blocks.iter().enumerate() {
+            let counted = self.used_refs(block).and_then(|refs| {
+                refs.checked_add(times)
+                    .ok_or_else(|| self.refuse(block, BlockProblem::TooManyReferences))
+            });
+            match counted {
+                Ok(refs) => self.refs[block.index()] = refs,
+                Err(error) => {
+                    blocks[..done]
+                        .iter()
+                        .for_each(|block| self.refs[block.index()] -= times);
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Blocks published by a node. O(num_blocks).
+    pub(crate) fn num_published(&self) -> usize {
+        self.nodes.iter().filter(|&&node| node != 0).count()
+    }
+
+    /// Checks that each block may be published, once, and is not yet. On error nothing changes.
+    pub(crate) fn plan_publish(&mut self, blocks: &[BlockId]) -> Result<()> {
+        // A mark finds a block that is named twice.
+        const MARK: u32 = u32::MAX;
+        let mut result = Ok(());
+        let mut marked = 0;
+        for &block in blocks {
+            result = match self.used_refs(block) {
+                Ok(_) if self.nodes[block.index()] != 0 => Err(self.refuse(block, BlockProblem::AlreadyPublished)),
+                Ok(_) => Ok(()),
+                Err(error) => Err(error),
+            };
+            if result.is_err() {
+                break;
+            }
+            self.nodes[block.index()] = MARK;
+            marked += 1;
+        }
+        blocks[..marked].iter().for_each(|block| self.nodes[block.index()] = 0);
+        result
+    }
+
+    /// Takes one reference off each block. On error nothing changes; else `apply_release` or `undo_release` follows
+    /// at once, with the same blocks.
+    pub(crate) fn plan_release(&mut self, blocks: &[BlockId]) -> Result<()> {
+        for (done, &block) in blocks.iter().enumerate() {
+            match self.used_refs(block) {
+                Ok(refs) => {
+                    self.refs[block.index()] = refs - 1;
+                    if refs == 1 {
+                        self.scratch.push(block);
+                    }
+                }
+                Err(error) => {
+                    self.undo_release(&blocks[..done]);
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn undo_release(&mut self, blocks: &[BlockId]) {
+        blocks.iter().for_each(|block| self.refs[block.index()] += 1);
+        self.scratch.clear();
+    }
+
+    /// Raises the fences, and finds the places of the blocks that nobody holds any more.
+    pub(crate) fn apply_release(&mut self, blocks: &[BlockId], fence: Step, cache: &mut dyn Reclaim) {
+        if fence > self.watermark {
+            blocks.iter().for_each(|&block| self.raise_fence(block, fence));
+        }
+        let mut unheld = std::mem::take(&mut self.scratch);
+        for block in unheld.drain(..) {
+            self.settle_unheld(block, cache);
+        }
+        self.scratch = unheld;
     }
 
     /// Raises a block's fence to a step in flight.

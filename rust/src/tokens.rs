@@ -1,0 +1,129 @@
+//! The tokens of a sequence, shared between forks.
+//!
+//! Full chunks are immutable and counted, the rest is the sequence's own: a fork of a long sequence copies a few
+//! pointers and less than a chunk of tokens, and appending never touches what is shared. A chunk is a whole number
+//! of blocks, so the tokens of a full block are always one slice.
+
+use std::sync::Arc;
+
+/// About how many tokens a chunk has.
+const CHUNK_TOKENS: usize = 1024;
+
+/// A sequence's tokens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Tokens {
+    /// Tokens in a chunk: a multiple of the block size.
+    chunk: usize,
+    full: Vec<Arc<Vec<u32>>>,
+    /// Less than a chunk.
+    tail: Vec<u32>,
+}
+
+impl Tokens {
+    /// A copy of `tokens`. O(tokens).
+    pub(crate) fn new(tokens: &[u32], block_size: usize) -> Self {
+        let chunk = block_size * (CHUNK_TOKENS / block_size).max(1);
+        let chunks = tokens.chunks_exact(chunk);
+        let tail = chunks.remainder().to_vec();
+        Self {
+            chunk,
+            full: chunks.map(|chunk| Arc::new(chunk.to_vec())).collect(),
+            tail,
+        }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.full.len() * self.chunk + self.tail.len()
+    }
+
+    /// Amortised O(1) per token.
+    pub(crate) fn extend(&mut self, mut tokens: &[u32]) {
+        while self.tail.len() + tokens.len() >= self.chunk {
+            let (now, later) = tokens.split_at(self.chunk - self.tail.len());
+            self.tail.extend_from_slice(now);
+            self.full.push(Arc::new(std::mem::take(&mut self.tail)));
+            tokens = later;
+        }
+        self.tail.extend_from_slice(tokens);
+    }
+
+    /// Keeps the first `len`, which is not more than there are. O(chunks dropped + chunk).
+    pub(crate) fn truncate(&mut self, len: usize) {
+        let (chunks, rest) = (len / self.chunk, len % self.chunk);
+        if chunks < self.full.len() {
+            self.tail.clear();
+            self.tail.extend_from_slice(&self.full[chunks][..rest]);
+            self.full.truncate(chunks);
+        } else {
+            self.tail.truncate(rest);
+        }
+    }
+
+    /// Those from `start` on that lie together in memory; empty at the end.
+    fn together(&self, start: usize) -> &[u32] {
+        let chunk = self.full.get(start / self.chunk).map_or(&self.tail, |chunk| &**chunk);
+        chunk.get(start % self.chunk..).unwrap_or(&[])
+    }
+
+    /// The tokens of full block `index`.
+    pub(crate) fn block(&self, index: usize, block_size: usize) -> &[u32] {
+        &self.together(index * block_size)[..block_size]
+    }
+
+    pub(crate) fn get(&self, position: usize) -> Option<u32> {
+        if position < self.len() {
+            self.together(position).first().copied()
+        } else {
+            None
+        }
+    }
+
+    /// Slices that make up `start..stop`, a range of them.
+    pub(crate) fn slices(&self, start: usize, stop: usize) -> impl Iterator<Item = &[u32]> {
+        let mut position = start;
+        std::iter::from_fn(move || {
+            let slice = self.together(position);
+            let slice = &slice[..slice.len().min(stop - position)];
+            position += slice.len();
+            (!slice.is_empty()).then_some(slice)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(tokens: &Tokens, start: usize, stop: usize) -> Vec<u32> {
+        tokens.slices(start, stop).flatten().copied().collect()
+    }
+
+    #[test]
+    fn chunks_do_not_show() {
+        for block_size in [1, 16, 48, 1024, 5000] {
+            let all: Vec<u32> = (0..12_345).collect();
+            let mut tokens = Tokens::new(&all[..3000], block_size);
+            let fork = tokens.clone();
+            tokens.extend(&all[3000..3001]);
+            tokens.extend(&all[3001..]);
+            assert_eq!(tokens.len(), all.len());
+            assert_eq!(read(&tokens, 0, all.len()), all);
+            assert_eq!(read(&tokens, 1023, 1026), all[1023..1026]);
+            for index in 0..all.len() / block_size {
+                assert_eq!(
+                    tokens.block(index, block_size),
+                    &all[index * block_size..][..block_size]
+                );
+            }
+            assert_eq!((tokens.get(12_344), tokens.get(12_345)), (Some(12_344), None));
+            for len in [12_000, 10_240, 2048, 1] {
+                tokens.truncate(len);
+                assert_eq!(read(&tokens, 0, len), all[..len]);
+                assert_eq!(tokens.len(), len);
+            }
+            tokens.extend(&[7]);
+            assert_eq!(read(&tokens, 0, 2), [0, 7]);
+            assert_eq!(read(&fork, 0, 3000), all[..3000]);
+        }
+    }
+}

@@ -1,0 +1,413 @@
+//! The nodes of the prefix trie, and how one is found.
+//!
+//! A node stands for one full block of tokens after everything above it. It is found by (parent, the block's tokens,
+//! the content in it): one hash table over all nodes narrows the search, and the tokens are compared, so that two
+//! different prompts never meet. The table is an array of chain heads with the links in the nodes: no tombstones, no
+//! pause to grow, and as zeroed pages it costs nothing until used.
+//!
+//! A node is *pinned* while its block is (somebody holds it, or a step in flight reads it), or a child is pinned.
+//! [`Trie::pin`] and [`Trie::unpin`] count those reasons and pass the change on to the parent, so that the eviction
+//! list holds exactly the nodes that can go, children before parents.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasher, Hash, Hasher};
+
+use crate::content::Part;
+use crate::error::{Error, Result};
+use crate::ids::{BlockId, HandleKind, NodeHandle, NodeId};
+use crate::lru::LruList;
+use crate::pool::zeroed;
+
+/// One node. Numbers of nodes are u32 with 0 for none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Node {
+    /// The node above, or none under a namespace's root.
+    parent: u32,
+    /// The namespace's place.
+    namespace: u32,
+    /// Where the tokens' keys and values are. The null block marks a place that is free.
+    block: BlockId,
+    /// Of parent, tokens and content: what the table is made of.
+    hash: u32,
+    /// The next node in the chain of the table, or in the list of free places.
+    chain: u32,
+    /// Reasons against eviction: the block's own, and one per pinned child.
+    pins: u32,
+    generation: u32,
+}
+
+/// A hasher seeded at random per cache, against prompts made to collide.
+///
+/// It decides nothing but where a node is looked for, so any two seeds are equal for our purposes.
+#[derive(Clone, Debug, Default)]
+struct Seed(foldhash::quality::RandomState);
+
+impl PartialEq for Seed {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+/// What a node is found by. `tokens` is one full block.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Query<'a> {
+    pub(crate) parent: Option<NodeId>,
+    pub(crate) namespace: u32,
+    pub(crate) tokens: &'a [u32],
+    pub(crate) content: &'a [Part],
+}
+
+/// All nodes of a cache.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Trie {
+    block_size: usize,
+    seed: Seed,
+    nodes: Vec<Node>,
+    /// The tokens of node i are at i * `block_size`.
+    tokens: Vec<u32>,
+    /// Only of nodes that have any.
+    content: HashMap<NodeId, Box<[Part]>>,
+    /// The first node of each chain.
+    heads: Vec<u32>,
+    /// The first free place.
+    free: u32,
+    len: usize,
+    lru: LruList,
+}
+
+fn number(node: Option<NodeId>) -> u32 {
+    node.map_or(0, NodeId::get)
+}
+
+impl Trie {
+    pub(crate) fn new(num_blocks: usize, block_size: usize) -> Result<Self> {
+        // A node has a block of its own, so there are fewer nodes than blocks. Seven heads for eight nodes keep a
+        // full cache with its pool within 64 bytes per block.
+        let heads = num_blocks - num_blocks / 8;
+        Ok(Self {
+            block_size,
+            seed: Seed::default(),
+            nodes: vec![Node::default()],
+            tokens: vec![0; block_size],
+            content: HashMap::new(),
+            heads: zeroed!(u32, heads)?,
+            free: 0,
+            len: 0,
+            lru: LruList::new(),
+        })
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(crate) fn evictable(&self) -> usize {
+        self.lru.len()
+    }
+
+    pub(crate) fn least_recent(&self) -> Option<NodeId> {
+        self.lru.first()
+    }
+
+    pub(crate) fn block(&self, node: NodeId) -> BlockId {
+        self.nodes[node.index()].block
+    }
+
+    pub(crate) fn parent(&self, node: NodeId) -> Option<NodeId> {
+        NodeId::new(self.nodes[node.index()].parent)
+    }
+
+    pub(crate) fn namespace(&self, node: NodeId) -> u32 {
+        self.nodes[node.index()].namespace
+    }
+
+    pub(crate) fn handle(&self, node: NodeId) -> NodeHandle {
+        NodeHandle::new(node.get(), self.nodes[node.index()].generation)
+    }
+
+    /// The node of a handle.
+    pub(crate) fn resolve(&self, handle: NodeHandle) -> Result<NodeId> {
+        let node = self.nodes.get(handle.index());
+        #[allow(clippy::cast_possible_truncation)] // it was made from a u32
+        match (node, NodeId::new(handle.index() as u32)) {
+            (Some(node), Some(id)) if node.block != BlockId::NULL && node.generation == handle.generation() => Ok(id),
+            _ => Err(Error::StaleHandle {
+                kind: HandleKind::Node,
+                handle: handle.0,
+            }),
+        }
+    }
+
+    /// All nodes, in the order of their numbers.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = NodeId> + '_ {
+        #[allow(clippy::cast_possible_truncation)] // numbers of nodes are u32
+        let ids = (1..self.nodes.len() as u32).filter_map(NodeId::new);
+        ids.filter(|node| self.block(*node) != BlockId::NULL)
+    }
+
+    fn tokens(&self, node: NodeId) -> &[u32] {
+        &self.tokens[node.index() * self.block_size..][..self.block_size]
+    }
+
+    fn content(&self, node: NodeId) -> &[Part] {
+        self.content.get(&node).map_or(&[], |parts| &**parts)
+    }
+
+    fn hash(&self, query: &Query<'_>) -> u32 {
+        let mut hasher = self.seed.0.build_hasher();
+        let pairs = query.tokens.chunks_exact(2);
+        let odd = pairs.remainder();
+        for pair in pairs {
+            hasher.write_u64(u64::from(pair[1]) << 32 | u64::from(pair[0]));
+        }
+        for &token in odd {
+            hasher.write_u32(token);
+        }
+        for part in query.content {
+            part.hash(&mut hasher);
+        }
+        // The parent last: the hash of the next block's tokens does not wait for this block's node.
+        hasher.write_u64(u64::from(number(query.parent)) << 32 | u64::from(query.namespace));
+        (hasher.finish() >> 32) as u32
+    }
+
+    fn chain_of(&self, hash: u32) -> usize {
+        // Below the number of heads, without a division.
+        (u64::from(hash) * self.heads.len() as u64 >> 32) as usize
+    }
+
+    /// The node of a block of tokens. O(block size) on average.
+    pub(crate) fn find(&self, query: &Query<'_>) -> Option<NodeId> {
+        let hash = self.hash(query);
+        let mut next = NodeId::new(self.heads[self.chain_of(hash)]);
+        while let Some(id) = next {
+            let node = &self.nodes[id.index()];
+            let found = node.hash == hash
+                && node.parent == number(query.parent)
+                && node.namespace == query.namespace
+                && self.tokens(id) == query.tokens
+                && (self.content.is_empty() && query.content.is_empty() || self.content(id) == query.content);
+            if found {
+                return Some(id);
+            }
+            next = NodeId::new(node.chain);
+        }
+        None
+    }
+
+    /// Adds a node that is not there, whose block is pinned. O(block size), amortised.
+    pub(crate) fn insert(&mut self, query: &Query<'_>, block: BlockId) -> NodeId {
+        let hash = self.hash(query);
+        let chain = self.chain_of(hash);
+        let id = self.take_place();
+        let node = &mut self.nodes[id.index()];
+        *node = Node {
+            parent: number(query.parent),
+            namespace: query.namespace,
+            block,
+            hash,
+            chain: self.heads[chain],
+            pins: 1,
+            generation: node.generation,
+        };
+        self.heads[chain] = id.get();
+        self.tokens[id.index() * self.block_size..][..self.block_size].copy_from_slice(query.tokens);
+        if !query.content.is_empty() {
+            self.content.insert(id, query.content.into());
+        }
+        self.len += 1;
+        if let Some(parent) = query.parent {
+            self.pin(parent);
+        }
+        id
+    }
+
+    /// A free place, or a new one.
+    fn take_place(&mut self) -> NodeId {
+        if let Some(id) = NodeId::new(self.free) {
+            self.free = self.nodes[id.index()].chain;
+            return id;
+        }
+        // Fewer than 2³¹ nodes exist, as many as blocks; the first place is the one that 0 stands for.
+        #[allow(clippy::cast_possible_truncation)]
+        let index = self.nodes.len() as u32;
+        self.nodes.push(Node::default());
+        self.tokens.resize(self.tokens.len() + self.block_size, 0);
+        self.lru.grow();
+        NodeId::new(index).unwrap_or_else(|| unreachable!("place 0 is made with the trie"))
+    }
+
+    /// Takes out a node that is not pinned, or whose whole namespace goes. O(1) on average.
+    pub(crate) fn remove(&mut self, id: NodeId) {
+        let node = self.nodes[id.index()];
+        if node.pins == 0 {
+            self.lru.remove(id);
+        }
+        let head = self.chain_of(node.hash);
+        if self.heads[head] == id.get() {
+            self.heads[head] = node.chain;
+        } else {
+            let mut before = self.heads[head];
+            while self.nodes[before as usize].chain != id.get() {
+                before = self.nodes[before as usize].chain;
+            }
+            self.nodes[before as usize].chain = node.chain;
+        }
+        if !self.content.is_empty() {
+            self.content.remove(&id);
+        }
+        self.nodes[id.index()] = Node {
+            generation: node.generation.wrapping_add(1),
+            chain: self.free,
+            ..Node::default()
+        };
+        self.free = id.get();
+        self.len -= 1;
+    }
+
+    /// One more reason against the node's eviction. O(1), and O(depth) where it is the first below many.
+    pub(crate) fn pin(&mut self, id: NodeId) {
+        let mut next = Some(id);
+        while let Some(id) = next {
+            let node = &mut self.nodes[id.index()];
+            node.pins += 1;
+            if node.pins > 1 {
+                return;
+            }
+            next = NodeId::new(node.parent);
+            self.lru.remove(id);
+        }
+    }
+
+    /// One reason less. With the last one the node becomes the most recently used of those that can go.
+    pub(crate) fn unpin(&mut self, id: NodeId) {
+        let mut next = Some(id);
+        while let Some(id) = next {
+            let node = &mut self.nodes[id.index()];
+            debug_assert!(node.pins > 0, "node {id:?} is not pinned");
+            node.pins = node.pins.saturating_sub(1);
+            if node.pins > 0 {
+                return;
+            }
+            next = NodeId::new(node.parent);
+            self.lru.push(id);
+        }
+    }
+
+    /// Checks the table, the places, the pins and the eviction list; `pinned` says whether a block is pinned.
+    /// O(nodes).
+    pub(crate) fn check(&self, pinned: impl Fn(BlockId) -> bool) -> Result<()> {
+        let broken = |invariant, what, at: NodeId, found: usize, expected: usize| {
+            Err(Error::corruption(invariant, what, at.get(), found, expected))
+        };
+        // Reasons against eviction, counted afresh: the block's own, then children, each of which counts once if pinned.
+        let mut pins = vec![0_u32; self.nodes.len()];
+        for id in self.iter() {
+            pins[id.index()] += u32::from(pinned(self.block(id)));
+            if self.nodes[id.index()].pins > 0 {
+                if let Some(parent) = self.parent(id) {
+                    pins[parent.index()] += 1;
+                }
+            }
+        }
+        let mut count = 0;
+        for id in self.iter() {
+            count += 1;
+            let node = &self.nodes[id.index()];
+            if node.pins != pins[id.index()] {
+                return broken("A4", "a node's pins", id, node.pins as usize, pins[id.index()] as usize);
+            }
+            if let Some(parent) = self.parent(id) {
+                let above = &self.nodes[parent.index()];
+                if above.block == BlockId::NULL || above.namespace != node.namespace {
+                    return broken("P5", "a node's parent", id, parent.index(), 0);
+                }
+            }
+            let (tokens, content) = (self.tokens(id), self.content(id));
+            let query = Query {
+                parent: self.parent(id),
+                namespace: node.namespace,
+                tokens,
+                content,
+            };
+            if self.find(&query) != Some(id) {
+                return broken("P7", "the node found by a node's own tokens", id, 0, id.index());
+            }
+        }
+        if count != self.len {
+            return Err(Error::corruption("P7", "the number of nodes", 0, self.len, count));
+        }
+        let chained: usize = self.heads.iter().map(|&head| self.chain_length(head)).sum();
+        let places = self.chain_length(self.free) + 1 + self.len;
+        if chained != self.len || places != self.nodes.len() {
+            return Err(Error::corruption(
+                "P7",
+                "the number of nodes in chains",
+                0,
+                chained,
+                self.len,
+            ));
+        }
+        self.check_lru()
+    }
+
+    fn chain_length(&self, first: u32) -> usize {
+        let next = |id: &NodeId| NodeId::new(self.nodes[id.index()].chain);
+        std::iter::successors(NodeId::new(first), next)
+            .take(self.nodes.len() + 1)
+            .count()
+    }
+
+    /// Are exactly the nodes without pins in the list, children before parents?
+    fn check_lru(&self) -> Result<()> {
+        let mut order = vec![0_usize; self.nodes.len()];
+        let list = std::iter::successors(self.lru.first(), |&id| self.lru.next(id)).take(self.nodes.len());
+        let mut listed = 0;
+        for id in list {
+            listed += 1;
+            order[id.index()] = listed;
+        }
+        if listed != self.lru.len() {
+            return Err(Error::corruption(
+                "P5",
+                "the length of the eviction list",
+                0,
+                self.lru.len(),
+                listed,
+            ));
+        }
+        for id in self.iter() {
+            let (node, place) = (&self.nodes[id.index()], order[id.index()]);
+            if (node.pins == 0) != (place > 0) {
+                return Err(Error::corruption(
+                    "A4",
+                    "a node's place in the eviction list",
+                    id.get(),
+                    place,
+                    node.pins,
+                ));
+            }
+            let above = order[node.parent as usize];
+            if node.parent != 0 && above > 0 && (place == 0 || place > above) {
+                return Err(Error::corruption(
+                    "P5",
+                    "the turn of a node before its parent",
+                    id.get(),
+                    place,
+                    above,
+                ));
+            }
+        }
+        let unpinned = self.iter().filter(|id| self.nodes[id.index()].pins == 0).count();
+        if unpinned != listed {
+            return Err(Error::corruption(
+                "P5",
+                "the number of evictable nodes",
+                0,
+                listed,
+                unpinned,
+            ));
+        }
+        Ok(())
+    }
+}
