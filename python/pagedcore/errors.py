@@ -103,7 +103,7 @@ class ClosedError(PagedCoreError, RuntimeError):
 
 
 class CorruptionError(PagedCoreError, RuntimeError):
-    """An invariant of the core does not hold: a bug in pagedcore, never the caller's. Every later call raises it too."""
+    """An invariant of the core does not hold: a bug in pagedcore, never the caller's. Every later call raises it."""
 
 
 class ForkedProcessError(PagedCoreError, RuntimeError):

@@ -1,0 +1,116 @@
+//! What a lock guards: the highest level that was made, and the levels below as its parts.
+
+use crate::error::{Error, Result};
+use crate::manager::KVCacheManager;
+use crate::pool::{BlockPool, NoCache, Reclaim};
+use crate::prefix::PrefixCache;
+
+/// The state behind one lock.
+pub enum Core {
+    /// `BlockPool(...)`, and the cache that registered itself with it, if any.
+    Blocks(Box<Blocks>),
+    /// `KVCacheManager(...)`.
+    Manager(Box<KVCacheManager>),
+}
+
+/// A bare pool.
+pub struct Blocks {
+    pool: BlockPool,
+    cache: Option<PrefixCache>,
+    no_cache: NoCache,
+}
+
+impl Blocks {
+    pub fn new(pool: BlockPool) -> Self {
+        Self {
+            pool,
+            cache: None,
+            no_cache: NoCache,
+        }
+    }
+}
+
+impl Core {
+    pub fn pool(&mut self) -> &mut BlockPool {
+        self.pool_and_cache().0
+    }
+
+    /// The pool and what it reclaims blocks from.
+    pub fn pool_and_cache(&mut self) -> (&mut BlockPool, &mut dyn Reclaim) {
+        match self {
+            Self::Blocks(blocks) => {
+                let Blocks { pool, cache, no_cache } = &mut **blocks;
+                (pool, cache.as_mut().map_or(no_cache as &mut dyn Reclaim, |cache| cache))
+            }
+            Self::Manager(manager) => {
+                let (pool, cache) = manager.parts_mut();
+                (pool, cache)
+            }
+        }
+    }
+
+    /// The trie, and the pool that its calls go with.
+    ///
+    /// # Errors
+    /// `Corruption`: only an object that was made with a cache asks.
+    pub fn cache(&mut self) -> Result<(&mut PrefixCache, &mut BlockPool)> {
+        let (pool, cache) = match self {
+            Self::Blocks(blocks) => (
+                &mut blocks.pool,
+                blocks.cache.as_mut().ok_or_else(|| missing("the number of caches"))?,
+            ),
+            Self::Manager(manager) => manager.parts_mut(),
+        };
+        Ok((cache, pool))
+    }
+
+    /// The sequences.
+    ///
+    /// # Errors
+    /// `Corruption`: only an object that was made with a manager asks.
+    pub fn manager(&mut self) -> Result<&mut KVCacheManager> {
+        match self {
+            Self::Manager(manager) => Ok(manager),
+            Self::Blocks(_) => Err(missing("the number of managers")),
+        }
+    }
+
+    /// Gives a bare pool a cache. False: there is one, or the pool is a manager's.
+    ///
+    /// # Errors
+    /// As `PrefixCache::new`.
+    pub fn make_cache(&mut self) -> Result<bool> {
+        match self {
+            Self::Blocks(blocks) if blocks.cache.is_none() => {
+                blocks.cache = Some(PrefixCache::new(&blocks.pool)?);
+                Ok(true)
+            }
+            Self::Blocks(_) | Self::Manager(_) => Ok(false),
+        }
+    }
+
+    /// Whether steps are begun and completed by a scheduler alone.
+    pub fn numbers_steps(&self) -> bool {
+        match self {
+            Self::Blocks(_) | Self::Manager(_) => false,
+        }
+    }
+
+    /// Checks every invariant of every level there is.
+    ///
+    /// # Errors
+    /// `Corruption` that names the first one broken.
+    pub fn check(&mut self) -> Result<()> {
+        match self {
+            Self::Blocks(blocks) => {
+                blocks.pool.check()?;
+                blocks.cache.as_ref().map_or(Ok(()), |cache| cache.check(&blocks.pool))
+            }
+            Self::Manager(manager) => manager.check(),
+        }
+    }
+}
+
+fn missing(what: &'static str) -> Error {
+    Error::corruption("binding", what, 0_u64, 0_u64, 1_u64)
+}
