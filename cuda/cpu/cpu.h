@@ -1,5 +1,5 @@
-// The CPU backend: each op over plain parameters. Arguments were checked by the caller as far as shapes go; what depends on the contents of
-// index tensors (lengths, table entries, slots) is checked here, before anything is written.
+// The CPU backend: each op over plain parameters. Arguments were checked by the caller as far as shapes go; what
+// depends on the contents of index tensors (lengths, table entries, slots) is checked here, before anything is written.
 #pragma once
 
 #include <cstdint>
@@ -16,16 +16,21 @@ void reshape_and_cache(const CacheWriteParams& params, int64_t num_blocks, int n
 
 // One tensor whose first axis is the block: its inner axes merged into as few as possible, innermost contiguous.
 struct BlockRegion {
-  char* data;
-  int64_t num_blocks;
-  int64_t block_stride;             // bytes
-  std::vector<int64_t> shape;       // inner axes but the contiguous one, outermost first
-  std::vector<int64_t> strides;     // bytes
-  int64_t contiguous_bytes;
+    char* data;
+    int64_t num_blocks;
+    int64_t block_stride;          // bytes
+    std::vector<int64_t> shape;    // inner axes but the contiguous one, outermost first
+    std::vector<int64_t> strides;  // bytes
+    int64_t contiguous_bytes;
 };
 
 // For each (src, dst) pair and each region: region[dst] = region[src], pairs in order.
 void copy_blocks(const std::vector<BlockRegion>& regions, const int32_t* pairs, int64_t num_pairs, int num_threads);
 void zero_blocks(const std::vector<BlockRegion>& regions, const int32_t* blocks, int64_t count, int num_threads);
+
+// For benchmarks: read memory on all threads and drop it. A range, or whole blocks of a dense region in the order
+// given.
+void read_range(const char* data, int64_t bytes, int num_threads);
+void read_blocks(const BlockRegion& region, const int32_t* blocks, int64_t count, int num_threads);
 
 }  // namespace pagedcore::cpu

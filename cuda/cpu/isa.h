@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 #include "pagedcore/params.h"
 #include "pagedcore/split.h"
@@ -10,21 +12,28 @@
 namespace pagedcore::cpu {
 
 struct Isa {
-  const char* name;
-  int chunk;  // rows of o are padded to a multiple of it
-  int tile_rows;  // items with at least this many rows a KV head are cut into packed tiles
+    const char* name;
+    int chunk;      // rows of o are padded to a multiple of it
+    int tile_rows;  // items with at least this many rows a KV head are cut into packed tiles
 
-  // Floats of scratch memory that `attend` needs for any item of this call.
-  int64_t (*scratch_floats)(const AttentionParams&, int64_t max_rows);
-  // Leaves the state of the item's rows over keys [key_begin, key_end) in `state`.
-  void (*attend)(const AttentionParams&, const WorkItem&, int64_t key_begin, int64_t key_end, State state, float* scratch);
-  // into = into + other.
-  void (*fold)(State into, State other, int64_t rows);
-  // Writes out and lse of the item's rows.
-  void (*finish)(const AttentionParams&, const WorkItem&, State state);
+    // Floats of scratch memory that `attend` needs for any item of this call.
+    int64_t (*scratch_floats)(const AttentionParams&, int64_t max_rows);
+    // Leaves the state of the item's rows over keys [key_begin, key_end) in `state`.
+    void (*attend)(const AttentionParams&, const WorkItem&, int64_t key_begin, int64_t key_end, State state,
+                   float* scratch);
+    // into = into + other.
+    void (*fold)(State into, State other, int64_t rows);
+    // Writes out and lse of the item's rows.
+    void (*finish)(const AttentionParams&, const WorkItem&, State state);
+    // Reads `bytes` (a multiple of 64): the yardstick of the benchmarks.
+    float (*read)(const void* data, int64_t bytes);
 };
 
-// Chosen at first use: the best one this machine runs, or what PAGEDCORE_CPU_ISA names. Throws IsaError if that is unknown or not runnable.
+// Chosen at first use: the best one this machine runs, or what PAGEDCORE_CPU_ISA names. Throws IsaError if that is
+// unknown or not runnable.
 const Isa& selected_isa();
+// Another choice for the calls to come; throws as above and then changes nothing. For tests.
+void select_isa(const char* name);
+std::vector<std::string> runnable_isas();
 
 }  // namespace pagedcore::cpu

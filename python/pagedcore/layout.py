@@ -27,11 +27,18 @@ def dtype_name(dtype: Any) -> str:
 
     Takes a name, a torch dtype or a NumPy dtype.
     """
-    name = dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
+    name = (
+        dtype
+        if isinstance(dtype, str)
+        else getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
+    )
     name = name.removeprefix("torch.")
     if name not in _ITEM_SIZES:
         raise InvalidArgumentError(
-            f"dtype: expected one of {', '.join(_ITEM_SIZES)}, got {dtype!r}", argument="dtype", got=dtype, expected=tuple(_ITEM_SIZES)
+            f"dtype: expected one of {', '.join(_ITEM_SIZES)}, got {dtype!r}",
+            argument="dtype",
+            got=dtype,
+            expected=tuple(_ITEM_SIZES),
         )
     return name
 
@@ -62,9 +69,13 @@ class LayerLayout:
 
 def _require_size(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidArgumentError(f"{name}: expected an int, got {value!r}", argument=name, got=value, expected="an int")
+        raise InvalidArgumentError(
+            f"{name}: expected an int, got {value!r}", argument=name, got=value, expected="an int"
+        )
     if not 1 <= value < 2**31:
-        raise InvalidArgumentError(f"{name}: expected 1 to 2**31 - 1, got {value}", argument=name, got=value, expected="1 to 2**31 - 1")
+        raise InvalidArgumentError(
+            f"{name}: expected 1 to 2**31 - 1, got {value}", argument=name, got=value, expected="1 to 2**31 - 1"
+        )
 
 
 @dataclass(frozen=True)
@@ -97,7 +108,10 @@ class KVCacheLayout:
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
         if self.kv_format not in ("auto", self.dtype):
             raise UnsupportedError(
-                f"kv_format: expected 'auto' (as dtype), got {self.kv_format!r}", argument="kv_format", got=self.kv_format, expected=("auto",)
+                f"kv_format: expected 'auto' (as dtype), got {self.kv_format!r}",
+                argument="kv_format",
+                got=self.kv_format,
+                expected=("auto",),
             )
         if self.scale_granularity != "tensor":
             raise UnsupportedError(
@@ -108,7 +122,10 @@ class KVCacheLayout:
             )
         if self.order not in ("block", "layer"):
             raise InvalidArgumentError(
-                f"order: expected 'block' or 'layer', got {self.order!r}", argument="order", got=self.order, expected=("block", "layer")
+                f"order: expected 'block' or 'layer', got {self.order!r}",
+                argument="order",
+                got=self.order,
+                expected=("block", "layer"),
             )
         layers, block_bytes = self._place()
         if block_bytes * self.num_blocks > _MAX_BYTES:
@@ -170,12 +187,17 @@ class KVCacheLayout:
         Raises MemoryError if the system does not give the memory.
         """
         if str(device) != "cpu":
-            raise UnsupportedError(f"device: expected 'cpu', got {str(device)!r}", argument="device", got=str(device), expected=("cpu",))
+            raise UnsupportedError(
+                f"device: expected 'cpu', got {str(device)!r}", argument="device", got=str(device), expected=("cpu",)
+            )
         if library == "auto":
             library = "torch" if "torch" in sys.modules else "numpy"
         if library not in ("torch", "numpy"):
             raise InvalidArgumentError(
-                f"library: expected 'auto', 'torch' or 'numpy', got {library!r}", argument="library", got=library, expected=("auto", "torch", "numpy")
+                f"library: expected 'auto', 'torch' or 'numpy', got {library!r}",
+                argument="library",
+                got=library,
+                expected=("auto", "torch", "numpy"),
             )
         return KVCache(self, _map_zeroed(self.total_bytes), library)
 
@@ -214,7 +236,10 @@ class KVCache:
         """``(k_cache, v_cache)`` of layer i, each ``[num_blocks, num_kv_heads, block_size, head_dim]``."""
         if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < self.layout.num_layers:
             raise InvalidArgumentError(
-                f"i: expected a layer in [0, {self.layout.num_layers}), got {i!r}", argument="i", got=i, expected=self.layout.num_layers
+                f"i: expected a layer in [0, {self.layout.num_layers}), got {i!r}",
+                argument="i",
+                got=i,
+                expected=self.layout.num_layers,
             )
         return self._layers[i]
 
@@ -231,7 +256,10 @@ def _torch_views(layout: KVCacheLayout, memory: mmap.mmap, shape: tuple[int, ...
         import torch
     except ImportError as error:
         raise UnsupportedError(
-            "library: expected one that is installed, got 'torch'", argument="library", got="torch", hint="pip install 'pagedcore[torch]'"
+            "library: expected one that is installed, got 'torch'",
+            argument="library",
+            got="torch",
+            hint="pip install 'pagedcore[torch]'",
         ) from error
     flat = torch.frombuffer(memory, dtype=torch.uint8)
     elements = flat.view(getattr(torch, layout.dtype))

@@ -9,6 +9,7 @@ Every call checks its arguments first; on an error nothing has been written.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from pagedcore import _kernels
@@ -16,12 +17,35 @@ from pagedcore.errors import InvalidArgumentError, UnsupportedError
 from pagedcore.layout import KVCache
 
 
+def needs_dispatcher(tensor: Any) -> bool:
+    """Whether a call must go through ``torch.ops``. `pagedcore.torch` puts its own function here when it is imported."""
+    if type(tensor).__module__.partition(".")[0] != "torch":
+        return False
+    import pagedcore.torch
+
+    return pagedcore.torch.needs_dispatcher(tensor)
+
+
+def _torch_ops() -> Any:
+    return sys.modules["torch"].ops.pagedcore
+
+
 def _unsupported(argument: str, got: Any, expected: str) -> UnsupportedError:
-    return UnsupportedError(f"{argument}: expected {expected}, got {got!r}", argument=argument, got=got, expected=expected)
+    return UnsupportedError(
+        f"{argument}: expected {expected}, got {got!r}", argument=argument, got=got, expected=expected
+    )
 
 
 def reshape_and_cache(
-    key: Any, value: Any, k_cache: Any, v_cache: Any, slot_mapping: Any, *, k_scale: Any = None, v_scale: Any = None, num_threads: int | None = None
+    key: Any,
+    value: Any,
+    k_cache: Any,
+    v_cache: Any,
+    slot_mapping: Any,
+    *,
+    k_scale: Any = None,
+    v_scale: Any = None,
+    num_threads: int | None = None,
 ) -> None:
     """Writes this step's K and V to their slots.
 
@@ -33,7 +57,10 @@ def reshape_and_cache(
         raise _unsupported("k_scale", k_scale, "None (the cache is not quantised)")
     if v_scale is not None:
         raise _unsupported("v_scale", v_scale, "None (the cache is not quantised)")
-    _kernels.reshape_and_cache(key, value, k_cache, v_cache, slot_mapping, num_threads)
+    if needs_dispatcher(key):
+        _torch_ops().reshape_and_cache(key, value, k_cache, v_cache, slot_mapping, num_threads=num_threads)
+    else:
+        _kernels.reshape_and_cache(key, value, k_cache, v_cache, slot_mapping, num_threads)
 
 
 def paged_attention(
@@ -74,31 +101,58 @@ def paged_attention(
     """
     if softcap != 0.0:
         raise _unsupported("softcap", softcap, "0.0 (none)")
-    for name, given in (("alibi_slopes", alibi_slopes), ("sinks", sinks), ("k_scale", k_scale), ("v_scale", v_scale), ("plan", plan), ("workspace", workspace)):
+    for name, given in (
+        ("alibi_slopes", alibi_slopes),
+        ("sinks", sinks),
+        ("k_scale", k_scale),
+        ("v_scale", v_scale),
+        ("plan", plan),
+        ("workspace", workspace),
+    ):
         if given is not None:
             raise _unsupported(name, given, "None")
     if out is None:
         out = _empty(query, v_cache, None)
     if lse is None and return_lse:
         lse = _empty(query, None, "float32")
-    _kernels.paged_attention(
-        query,
-        k_cache,
-        v_cache,
-        block_table,
-        seq_lens,
-        query_start_loc,
-        out,
-        lse,
-        scale,
-        causal,
-        window,
-        max_query_len,
-        max_seq_len,
-        block_table_rows,
-        split_size,
-        num_threads,
-    )
+    if needs_dispatcher(query):
+        _torch_ops().paged_attention(
+            query,
+            k_cache,
+            v_cache,
+            block_table,
+            seq_lens,
+            query_start_loc,
+            out,
+            lse,
+            scale=scale,
+            causal=causal,
+            window=window,
+            max_query_len=max_query_len,
+            max_seq_len=max_seq_len,
+            block_table_rows=block_table_rows,
+            split_size=split_size,
+            num_threads=num_threads,
+        )
+    else:
+        _kernels.paged_attention(
+            query,
+            k_cache,
+            v_cache,
+            block_table,
+            seq_lens,
+            query_start_loc,
+            out,
+            lse,
+            scale,
+            causal,
+            window,
+            max_query_len,
+            max_seq_len,
+            block_table_rows,
+            split_size,
+            num_threads,
+        )
     return out if lse is None else (out, lse)
 
 
@@ -109,7 +163,10 @@ def _empty(query: Any, v_cache: Any, dtype: str | None) -> Any:
         raise TypeError(f"query: expected a tensor, got {type(query).__name__}")
     if len(shape) != 3:
         raise InvalidArgumentError(
-            f"query: expected shape [num_tokens, num_heads, head_dim], got {list(shape)}", argument="query", got=tuple(shape), expected=3
+            f"query: expected shape [num_tokens, num_heads, head_dim], got {list(shape)}",
+            argument="query",
+            got=tuple(shape),
+            expected=3,
         )
     size = tuple(shape[:2])
     if v_cache is not None:
@@ -149,9 +206,17 @@ def copy_blocks(kv: Any, pairs: Any, *, num_threads: int | None = None) -> None:
 
     kv is a `KVCache`, or a tensor whose first axis is the block, or a list of these. pairs int32 ``[num_pairs, 2]``.
     """
-    _kernels.copy_blocks(_block_tensors(kv), pairs, num_threads)
+    caches = _block_tensors(kv)
+    if caches and needs_dispatcher(caches[0]):
+        _torch_ops().copy_blocks(caches, pairs, num_threads=num_threads)
+    else:
+        _kernels.copy_blocks(caches, pairs, num_threads)
 
 
 def zero_blocks(kv: Any, blocks: Any, *, num_threads: int | None = None) -> None:
     """Clears whole blocks, all layers. kv as in `copy_blocks`; blocks int32 ``[count]``."""
-    _kernels.zero_blocks(_block_tensors(kv), blocks, num_threads)
+    caches = _block_tensors(kv)
+    if caches and needs_dispatcher(caches[0]):
+        _torch_ops().zero_blocks(caches, blocks, num_threads=num_threads)
+    else:
+        _kernels.zero_blocks(caches, blocks, num_threads)

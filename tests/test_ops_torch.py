@@ -1,0 +1,137 @@
+"""The ops as torch operators: schemas, fakes, torch.compile, and who imports what."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import pagedcore.torch
+from pagedcore import ops
+from pagedcore.layout import KVCacheLayout
+
+
+def make_call(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    """Arguments of one small mixed batch: (query, k_cache, v_cache, block_table, seq_lens, query_start_loc)."""
+    torch.manual_seed(0)
+    cache = torch.randn(2, 6, 2, 4, 16).to(dtype)
+    table = torch.tensor([[3, 1], [2, 5]], dtype=torch.int32)
+    lengths = torch.tensor([5, 8], dtype=torch.int32)
+    return (
+        torch.randn(4, 4, 16).to(dtype),
+        cache[0].clone(),
+        cache[1].clone(),
+        table,
+        lengths,
+        torch.tensor([0, 1, 4], dtype=torch.int32),
+    )
+
+
+def test_opcheck_paged_attention() -> None:
+    args = make_call()
+    out, lse = torch.empty(4, 4, 16), torch.empty(4, 4)
+    torch.library.opcheck(torch.ops.pagedcore.paged_attention.default, (*args, out))
+    torch.library.opcheck(
+        torch.ops.pagedcore.paged_attention.default, (*args, out, lse), {"window": 3, "split_size": 2, "scale": 0.3}
+    )
+
+
+def test_opcheck_cache_ops() -> None:
+    _, k_cache, v_cache, *_ = make_call()
+    slots = torch.tensor([3, -1, 9])
+    torch.library.opcheck(
+        torch.ops.pagedcore.reshape_and_cache.default,
+        (torch.randn(3, 2, 16), torch.randn(3, 2, 16), k_cache, v_cache, slots),
+    )
+    pairs = torch.tensor([[1, 2], [3, 4]], dtype=torch.int32)
+    torch.library.opcheck(torch.ops.pagedcore.copy_blocks.default, ([k_cache, v_cache], pairs))
+    torch.library.opcheck(torch.ops.pagedcore.zero_blocks.default, ([k_cache, v_cache], pairs[0].contiguous()))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler about its own modules
+def test_compile_fullgraph_equals_eager() -> None:
+    args = make_call()
+    key, value, slots = torch.randn(4, 2, 16), torch.randn(4, 2, 16), torch.tensor([13, 20, 21, 22])
+
+    def step(
+        query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *index: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ops.reshape_and_cache(key, value, k_cache, v_cache, slots)
+        out, lse = ops.paged_attention(query * 2, k_cache, v_cache, *index, return_lse=True, window=4)
+        return out + 1, lse
+
+    eager_args = [a.clone() for a in args]
+    compiled_args = [a.clone() for a in args]
+    want = step(*eager_args)
+    got = torch.compile(step, fullgraph=True, backend="aot_eager")(*compiled_args)
+    for a, b in zip(want, got, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    torch.testing.assert_close(compiled_args[1], eager_args[1], rtol=0, atol=0)
+
+
+def test_compile_block_ops() -> None:
+    kv = KVCacheLayout(4, 2, 1, 1, 8, torch.float32).allocate()
+    kv.data.random_()
+    before = kv.data.clone()
+
+    def step(data: torch.Tensor, pairs: torch.Tensor, blocks: torch.Tensor) -> None:
+        ops.zero_blocks(data, blocks)
+        ops.copy_blocks(data, pairs)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    compiled(kv.data, torch.tensor([[1, 2]], dtype=torch.int32), torch.tensor([3], dtype=torch.int32))
+    assert (kv.data[2] == before[1]).all()
+    assert (kv.data[3] == 0).all()
+
+
+def test_fake_tensors_pass_without_data() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        args = [mode.from_tensor(a) for a in make_call()]
+        out, lse = ops.paged_attention(*args, return_lse=True)
+    assert out.shape == (4, 4, 16)
+    assert lse.dtype == torch.float32
+
+
+def test_dispatcher_is_asked_only_when_needed() -> None:
+    assert not pagedcore.torch.needs_dispatcher(torch.empty(1))
+    assert not pagedcore.torch.needs_dispatcher(torch.nn.Parameter(torch.empty(1)))
+    assert not pagedcore.torch.needs_dispatcher(object())
+
+
+def test_numpy_callers_never_import_torch() -> None:
+    code = """
+import sys
+import numpy as np
+from pagedcore import ops
+from pagedcore.layout import KVCacheLayout
+kv = KVCacheLayout(3, 4, 1, 1, 8, "float32").allocate()
+k, v = kv.layer(0)
+ones = np.ones((2, 1, 8), np.float32)
+ops.reshape_and_cache(ones, ones, k, v, np.array([4, 5]))
+ids = lambda *x: np.array(x, np.int32)
+out = ops.paged_attention(ones[:1], k, v, ids([1]).reshape(1, 1), ids(2), ids(0, 1))
+assert (out == 1).all()
+ops.copy_blocks(kv, ids(1, 2).reshape(1, 2)); ops.zero_blocks(kv, ids(1))
+assert (k[2, 0, :2] == 1).all() and (k[1] == 0).all()
+assert "torch" not in sys.modules
+from pagedcore import _kernels
+assert _kernels.thread_runtime() == "own threads", _kernels.thread_runtime()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_first_torch_tensor_registers() -> None:
+    code = """
+from pagedcore import ops
+import sys, torch
+assert "pagedcore.torch" not in sys.modules
+ops.zero_blocks(torch.ones(2, 3), torch.tensor([1], dtype=torch.int32))
+assert torch.ops.pagedcore.zero_blocks
+from pagedcore import _kernels
+assert "gomp" in _kernels.thread_runtime() or "omp" in _kernels.thread_runtime(), _kernels.thread_runtime()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
