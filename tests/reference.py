@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def paged_attention(
@@ -23,7 +25,7 @@ def paged_attention(
     window: int | None = None,
     block_table_rows: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(out [num_tokens, num_heads, v_head_dim], lse [num_tokens, num_heads]), float64. Reads only slots that a query sees."""
+    """(out [num_tokens, num_heads, v_head_dim], lse [num_tokens, num_heads]), float64. Reads only what a query sees."""
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads, block_size = k_cache.shape[1:3]
     group = num_heads // num_kv_heads
@@ -109,7 +111,7 @@ def make_batch(
     device: str = "cpu",
     seed: int = 0,
 ) -> Batch:
-    """Random N(0, 1) data in randomly scattered pages; with `window`, blocks that left it are freed (GARBAGE in the table)."""
+    """Random N(0, 1) data in scattered pages; with `window`, blocks that left it are freed (GARBAGE in the table)."""
     generator = torch.Generator().manual_seed(seed)
     num_heads, num_kv_heads = heads
     counts = [-(-n // block_size) for n in seq_lens]

@@ -1,4 +1,4 @@
-"""paged_attention against the oracle: the sweep of lengths, shapes, strides and instruction sets, and its properties."""
+"""paged_attention against the oracle: lengths, shapes, strides and instruction sets; and its properties."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
+from pagedcore import _kernels, ops
 from reference import GARBAGE, Batch, check, make_batch
 
-from pagedcore import _kernels, ops
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(1, 1), (8, 8), (32, 8), (64, 8), (28, 4), (71, 1)]
@@ -299,7 +301,7 @@ def test_numpy_equals_torch(device: str) -> None:
 
 
 def test_offsets_beyond_32_bits(device: str, isa: str) -> None:
-    """A page whose element offset exceeds 2^32, in a pool (a sparse file) of which only the pages in use have memory."""
+    """A page whose element offset exceeds 2^32, in a sparse file: only the pages in use have memory."""
     num_blocks, block_size, heads, dim = 2_200_000, 16, 2, 64
     elements = num_blocks * heads * block_size * dim
     assert elements > 2**32

@@ -5,10 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pagedcore.torch
 import pytest
 import torch
-
-import pagedcore.torch
 from pagedcore import ops
 from pagedcore.layout import KVCacheLayout
 

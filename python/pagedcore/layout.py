@@ -10,6 +10,7 @@ Two orders exist. ``"block"``: a block is one contiguous byte range over all lay
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import sys
 from dataclasses import dataclass, field
@@ -67,8 +68,12 @@ class LayerLayout:
     v: PageView
 
 
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _require_size(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not _is_int(value):
         raise InvalidArgumentError(
             f"{name}: expected an int, got {value!r}", argument=name, got=value, expected="an int"
         )
@@ -92,7 +97,7 @@ class KVCacheLayout:
     num_kv_heads: int
     head_dim: int
     dtype: Any
-    v_head_dim: int | None = None
+    v_head_dim: int = None  # type: ignore[assignment]  # None becomes head_dim when made
     kv_format: str = "auto"
     scale_granularity: str = "tensor"
     order: str = "block"
@@ -102,7 +107,8 @@ class KVCacheLayout:
     def __post_init__(self) -> None:
         for name in ("num_blocks", "block_size", "num_layers", "num_kv_heads", "head_dim"):
             _require_size(name, getattr(self, name))
-        if self.v_head_dim is None:
+        given: int | None = self.v_head_dim
+        if given is None:
             object.__setattr__(self, "v_head_dim", self.head_dim)
         _require_size("v_head_dim", self.v_head_dim)
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
@@ -157,9 +163,8 @@ class KVCacheLayout:
         def padded(size: int) -> int:
             return -(-size // _ALIGNMENT) * _ALIGNMENT
 
-        v_head_dim = self.v_head_dim or self.head_dim
         k_bytes = padded(self.num_kv_heads * self.block_size * self.head_dim * self.item_size)
-        v_bytes = padded(self.num_kv_heads * self.block_size * v_head_dim * self.item_size)
+        v_bytes = padded(self.num_kv_heads * self.block_size * self.v_head_dim * self.item_size)
         layer_bytes = k_bytes + v_bytes
         block_bytes = layer_bytes * self.num_layers
         step = block_bytes if self.order == "block" else layer_bytes  # bytes from one block to the next
@@ -176,7 +181,7 @@ class KVCacheLayout:
                     shape=(self.num_blocks, self.num_kv_heads, self.block_size, dim),
                 )
 
-            layers.append(LayerLayout(k=page(start, self.head_dim), v=page(start + k_bytes, v_head_dim)))
+            layers.append(LayerLayout(k=page(start, self.head_dim), v=page(start + k_bytes, self.v_head_dim)))
         return tuple(layers), block_bytes
 
     def allocate(self, device: str = "cpu", library: str = "auto") -> KVCache:
@@ -203,24 +208,23 @@ class KVCacheLayout:
 
 
 def _map_zeroed(size: int) -> mmap.mmap:
-    """Private zero pages, in huge ones where the system has them: they save a page walk per few kilobytes of KV read."""
+    """Private zeroed memory, in huge pages where the system has them: fewer page walks per KV read."""
     try:
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, ValueError, OverflowError) as error:
         raise MemoryError(f"{size} bytes of KV cache: {error}") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with contextlib.suppress(OSError):  # a kernel without transparent huge pages: slower, not wrong
             memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass  # a kernel without transparent huge pages: slower, not wrong
     return memory
 
 
 class KVCache:
     """The memory of a KV cache, and views of it.
 
-    ``data`` is uint8 ``[num_blocks, block_bytes]`` (order ``"block"``) or ``[num_layers, num_blocks, layer_block_bytes]``
-    (order ``"layer"``). All views share the memory, which lives as long as any of them.
+    ``data`` is uint8 ``[num_blocks, block_bytes]`` (order ``"block"``) or
+    ``[num_layers, num_blocks, layer_block_bytes]`` (order ``"layer"``). All views share the memory, which lives
+    as long as any of them.
     """
 
     def __init__(self, layout: KVCacheLayout, memory: mmap.mmap, library: str) -> None:
@@ -234,7 +238,7 @@ class KVCache:
 
     def layer(self, i: int) -> tuple[Any, Any]:
         """``(k_cache, v_cache)`` of layer i, each ``[num_blocks, num_kv_heads, block_size, head_dim]``."""
-        if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < self.layout.num_layers:
+        if not _is_int(i) or not 0 <= i < self.layout.num_layers:
             raise InvalidArgumentError(
                 f"i: expected a layer in [0, {self.layout.num_layers}), got {i!r}",
                 argument="i",

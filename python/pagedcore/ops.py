@@ -18,7 +18,7 @@ from pagedcore.layout import KVCache
 
 
 def needs_dispatcher(tensor: Any) -> bool:
-    """Whether a call must go through ``torch.ops``. `pagedcore.torch` puts its own function here when it is imported."""
+    """Whether a call must go through ``torch.ops``. Importing `pagedcore.torch` puts its own function here."""
     if type(tensor).__module__.partition(".")[0] != "torch":
         return False
     import pagedcore.torch
@@ -202,7 +202,7 @@ def _block_tensors(kv: Any) -> list[Any]:
 
 
 def copy_blocks(kv: Any, pairs: Any, *, num_threads: int | None = None) -> None:
-    """Copies whole blocks, all layers: for each row (src, dst) of `pairs`, block dst becomes a copy of block src, in order.
+    """Copies whole blocks, all layers: for each row (src, dst) of `pairs`, in order, block dst becomes a copy of src.
 
     kv is a `KVCache`, or a tensor whose first axis is the block, or a list of these. pairs int32 ``[num_pairs, 2]``.
     """

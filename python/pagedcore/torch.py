@@ -10,18 +10,21 @@ yourself if the first call happens inside a compiled function.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pagedcore import _kernels, ops
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 _LIBRARY = torch.library.Library("pagedcore", "DEF")
 
 _SCHEMAS = {
     "reshape_and_cache": (
-        "(Tensor key, Tensor value, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, *, int? num_threads=None)"
+        "(Tensor key, Tensor value, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, *,"
+        " int? num_threads=None)"
     ),
     "paged_attention": (
         "(Tensor query, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, Tensor query_start_loc,"
