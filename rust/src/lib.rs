@@ -13,14 +13,14 @@ mod ids;
 mod lru;
 mod manager;
 mod namespace;
-#[allow(dead_code)] // the scheduler writes plans
 mod plan;
-#[allow(dead_code)] // the scheduler asks
 mod policy;
 mod pool;
 mod prefix;
 #[cfg(feature = "python")]
 mod python;
+mod request;
+mod scheduler;
 mod sequence;
 mod tokens;
 mod trie;
@@ -35,3 +35,7 @@ pub use plan::{ARRAYS, Array, ArrayInfo, BlockTableView, DType, HEADER_BYTES, St
 pub use policy::Rank;
 pub use pool::{BlockPool, BlockState, MAX_BLOCK_SIZE, MAX_BLOCKS, NoCache, PoolStats, Reclaim};
 pub use prefix::{CacheStats, Commit, PrefixCache, PrefixHit};
+pub use request::{EndReason, RequestParams};
+pub use scheduler::{
+    Explanation, Finished, Phase, PlannedStep, Reason, Scheduler, SchedulerConfig, SchedulerStats, Started, StepResult,
+};

@@ -32,8 +32,8 @@ pub const fn worst_case_blocks(prompt_len: u64, max_len: u64, n: u64, block_size
         return longest;
     }
     let shared = prompt_len / block_size;
-    let original = if prompt_len % block_size == 0 { 0 } else { 1 };
-    shared + original + n.saturating_mul(longest - shared)
+    let original = if prompt_len.is_multiple_of(block_size) { 0 } else { 1 };
+    n.saturating_mul(longest - shared).saturating_add(shared + original)
 }
 
 /// Tokens by which every sequence that runs must be able to grow for a request to be admitted that was preempted

@@ -27,6 +27,39 @@ impl KVCacheManager {
         self.block_size
     }
 
+    /// Is a committed block given up where the cache has an equal one?
+    #[must_use]
+    pub fn merge_blocks(&self) -> bool {
+        self.merging
+    }
+
+    /// Sequences, preempted ones included.
+    #[must_use]
+    pub fn num_sequences(&self) -> usize {
+        self.sequences.len()
+    }
+
+    /// The copies that nobody has taken yet.
+    pub(crate) fn pending_copies(&self) -> &[(BlockId, BlockId)] {
+        self.copies.pairs()
+    }
+
+    /// How many tokens [`resume`](Self::resume) would find cached. Leaves no trace. O(tokens found).
+    ///
+    /// # Errors
+    /// [`Error::StaleHandle`].
+    pub fn probe_resume(&self, seq: SeqHandle) -> Result<usize> {
+        let sequence = self.sequences.get(seq)?;
+        if !self.caching {
+            return Ok(0);
+        }
+        let (limit, tokens) = ((sequence.tokens.len() - 1) / self.block_size, &sequence.tokens);
+        let run = self.cache.probe_run(sequence.namespace, limit, &sequence.content, |i| {
+            tokens.block(i, self.block_size)
+        });
+        Ok(run)
+    }
+
     /// A sequence's tokens.
     ///
     /// # Errors

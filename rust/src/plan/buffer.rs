@@ -224,6 +224,12 @@ impl PlanBuffer {
         StepPlan::trusted(header, &self.words[self.base..])
     }
 
+    /// Line `i` of the block table, as long as it can be.
+    pub fn table_line(&self, i: usize) -> &[i32] {
+        let table: &[i32] = bytemuck::cast_slice(&self.words[self.base + self.table_offset / 8..]);
+        &table[i * self.row_stride..][..self.row_stride]
+    }
+
     /// The memory that plans are written to, from its first aligned byte: for registering or pinning.
     pub fn memory(&self) -> &[u8] {
         bytemuck::cast_slice(&self.words[self.base..])

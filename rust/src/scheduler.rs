@@ -1,0 +1,258 @@
+//! Level 3: which request computes which tokens in the next step.
+//!
+//! ```text
+//! add_request ─> waiting ──admit──> running ──finish──> ended
+//!                  ^                   │
+//!                  └─────preempt───────┘
+//!
+//! schedule()  = decide (tokens, preemptions, admissions) + write (every array of the plan)
+//! update(ids) = what the step computed is committed, samples are appended, sequences end
+//! ```
+//!
+//! A scheduler owns the manager of the blocks, and is the only one to begin and complete steps on its pool. It reads
+//! no clock and draws no random number: the same calls give the same plans.
+//!
+//! Waiting requests hold no blocks. A running one holds the blocks of its sequences; a preempted one has given them
+//! back, keeps its tokens and its place in the line, and finds what is still cached of them when it is resumed.
+//!
+//! A request with `n > 1` runs as one sequence, the *lead*, until its prompt is computed; then the *siblings* fork
+//! from it, before any of them has a token of its own. Their rows are promised when the lead is admitted. When such
+//! a group is preempted it goes as a whole, and it comes back the same way: the lead first, then the siblings, who
+//! share the prompt's blocks again whether or not there is a prefix cache.
+
+mod check;
+mod config;
+mod copies;
+mod decide;
+mod explain;
+mod lifecycle;
+mod requests;
+mod rows;
+mod siblings;
+mod stats;
+mod update;
+mod write;
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+pub use config::SchedulerConfig;
+pub use explain::{Explanation, Phase, Reason};
+pub use stats::SchedulerStats;
+pub use update::{Finished, StepResult};
+pub use write::{PlannedStep, Started};
+
+use crate::error::{Error, Expected, Result};
+use crate::ids::{SeqHandle, Step};
+use crate::manager::KVCacheManager;
+use crate::plan::{PlanBuffer, PlanLimits};
+use crate::policy::Rank;
+use crate::pool::Reclaim;
+use requests::Requests;
+use rows::{Row, Rows};
+use update::InFlight;
+
+/// Continuous batching over a [`KVCacheManager`]; see the [module](self).
+#[derive(Debug)]
+pub struct Scheduler {
+    config: SchedulerConfig,
+    limits: PlanLimits,
+    manager: KVCacheManager,
+    requests: Requests,
+    by_id: HashMap<Arc<str>, u32>,
+    /// Requests without rows, in the order in which they are admitted.
+    waiting: BTreeMap<Rank, u32>,
+    rows: Rows,
+    /// The head of the line and why it was not admitted in the last step.
+    blocked: Option<(u32, Reason)>,
+    buffer: PlanBuffer,
+    /// What each line of the buffer's block table holds: the assignment it belongs to, and how many entries.
+    lines: Vec<write::Line>,
+    /// The step that was scheduled and not yet updated or cancelled, with lists that keep their capacity.
+    in_flight: InFlight,
+    result: StepResult,
+    stats: SchedulerStats,
+    arrivals: u64,
+    /// Calls of `schedule` that had a step to plan.
+    turns: u64,
+    /// The corruption that was found once: every later call returns it again.
+    poison: Option<Error>,
+}
+
+/// What `decide` has given away so far.
+#[derive(Clone, Copy, Debug, Default)]
+struct Draft {
+    tokens_left: usize,
+    /// Triples of `table_updates` that still fit the plan.
+    updates_left: usize,
+    /// Sequences with one token to compute that were not asked yet: each is kept one token of the budget.
+    decodes_left: usize,
+    num_seqs: usize,
+    num_samples: usize,
+    max_query_len: usize,
+    max_seq_len: usize,
+    /// Somebody was preempted, or got fewer blocks than wanted.
+    short_of_blocks: bool,
+}
+
+impl Scheduler {
+    /// A scheduler with a manager of its own. O(blocks).
+    ///
+    /// # Errors
+    /// `InvalidArgument` or `Unsupported`, naming the field of `config`.
+    pub fn new(config: SchedulerConfig) -> Result<Self> {
+        config.validate()?;
+        let manager = KVCacheManager::new(&config.manager_config())?;
+        Self::with_manager(config, manager)
+    }
+
+    /// A scheduler on an existing manager, whose sequences stay where they are and are nobody's to preempt: a
+    /// request that fits the pool only without them waits until they are freed.
+    ///
+    /// # Errors
+    /// As `new`; `InvalidArgument` if the manager's sizes differ from the configuration's, if it keeps duplicates of
+    /// published blocks (`merge_blocks=False`), or has steps in flight.
+    pub fn with_manager(config: SchedulerConfig, manager: KVCacheManager) -> Result<Self> {
+        config.validate()?;
+        let same = [
+            ("num_blocks", config.num_blocks, manager.pool().num_blocks()),
+            ("block_size", config.block_size, manager.pool().block_size()),
+            (
+                "enable_prefix_caching",
+                usize::from(config.enable_prefix_caching),
+                usize::from(manager.cache().is_some()),
+            ),
+            // Without merging, a request pins blocks that it does not hold, and might not fit its own bound (S3).
+            ("merge_blocks", 1, usize::from(manager.merge_blocks())),
+            ("manager", 0, manager.pool().steps_in_flight()),
+        ];
+        for (argument, expected, got) in same {
+            if got != expected {
+                return Err(Error::argument(argument, got, Expected::Exactly(expected as u64)));
+            }
+        }
+        let limits = config.plan_limits();
+        let max_num_seqs = config.max_num_seqs;
+        Ok(Self {
+            buffer: PlanBuffer::new(&limits)?,
+            limits,
+            manager,
+            requests: Requests::default(),
+            by_id: HashMap::default(),
+            waiting: BTreeMap::new(),
+            rows: Rows::new(max_num_seqs),
+            blocked: None,
+            lines: vec![write::Line::default(); max_num_seqs],
+            in_flight: InFlight::with_capacity(max_num_seqs),
+            result: StepResult::with_capacity(max_num_seqs),
+            stats: SchedulerStats::default(),
+            arrivals: 0,
+            turns: 0,
+            poison: None,
+            config,
+        })
+    }
+
+    /// Plans the next step: decides who computes what, and writes every array of it. `None` if nothing can run, or
+    /// the step before is still in flight; [`explain`](Self::explain) says why. The plan is valid until its
+    /// `update` or `cancel`.
+    ///
+    /// O(sequences of the step + tokens + table entries that changed), and no allocation once the lists have grown.
+    ///
+    /// # Errors
+    /// `Corruption` if an invariant of the core is found broken; then every later call returns it.
+    pub fn schedule(&mut self) -> Result<Option<PlannedStep<'_>>> {
+        self.usable()?;
+        if self.in_flight.step.is_some() {
+            return Ok(None);
+        }
+        self.turns += 1;
+        let planned = self.decide().and_then(|draft| {
+            if draft.num_seqs == 0 {
+                Ok(false)
+            } else {
+                self.write(draft).map(|()| true)
+            }
+        });
+        let planned = self.guard(planned)?;
+        if !planned {
+            return Ok(None);
+        }
+        Ok(Some(self.planned()))
+    }
+
+    /// The plan in flight, if there is one.
+    #[must_use]
+    pub fn plan(&self) -> Option<PlannedStep<'_>> {
+        self.in_flight.step.map(|_| self.planned())
+    }
+
+    /// The plans' memory, at the same address as long as the scheduler lives: for registering or pinning.
+    #[must_use]
+    pub fn plan_memory(&self) -> &[u8] {
+        self.buffer.memory()
+    }
+
+    /// True while a request is waiting or running.
+    #[must_use]
+    pub fn has_unfinished(&self) -> bool {
+        self.requests.len() > 0
+    }
+
+    /// The configuration it was made with.
+    #[must_use]
+    pub const fn config(&self) -> &SchedulerConfig {
+        &self.config
+    }
+
+    /// Blocks, tables and prefixes.
+    #[must_use]
+    pub const fn manager(&self) -> &KVCacheManager {
+        &self.manager
+    }
+
+    /// As [`manager`](Self::manager), to be changed: sequences of other owners, namespaces, eviction. Steps are the
+    /// scheduler's to begin and complete, and its own sequences are out of bounds.
+    pub const fn manager_mut(&mut self) -> &mut KVCacheManager {
+        &mut self.manager
+    }
+
+    /// The step in flight.
+    #[must_use]
+    pub const fn step_in_flight(&self) -> Option<Step> {
+        self.in_flight.step
+    }
+
+    /// Place of a request.
+    fn find(&self, request_id: &str) -> Result<u32> {
+        let unknown = || Error::UnknownRequest {
+            request_id: request_id.into(),
+        };
+        self.by_id.get(request_id).copied().ok_or_else(unknown)
+    }
+
+    /// Blocks that an allocation can have at this moment.
+    fn available_blocks(&self) -> u64 {
+        let evictable = self.manager.cache().map_or(0, Reclaim::evictable);
+        (self.manager.pool().num_free() + evictable) as u64
+    }
+
+    /// The sequence of a row that takes part in steps.
+    fn seq_of(row: &Row) -> SeqHandle {
+        row.seq.expect("rows in the order have a sequence")
+    }
+
+    /// Refuses to go on after a corruption.
+    fn usable(&self) -> Result<()> {
+        self.poison.clone().map_or(Ok(()), Err)
+    }
+
+    /// Keeps the corruption found inside an operation: from then on nothing can be trusted. The inner calls fail in
+    /// no other way, since every argument was checked before.
+    fn guard<T>(&mut self, result: Result<T>) -> Result<T> {
+        if let Err(error) = &result {
+            self.poison = Some(error.clone());
+        }
+        result
+    }
+}

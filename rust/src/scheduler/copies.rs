@@ -1,0 +1,69 @@
+//! Copy-on-write pairs: held from the plan that tells them to its update, so that a cancelled plan loses none.
+
+use super::Scheduler;
+use super::update::HeldCopy;
+use crate::error::Result;
+
+impl Scheduler {
+    /// Collects the copies of the step that has begun: those of cancelled steps whose destination is still wanted,
+    /// and the manager's. The sources are held until `release_copies`.
+    pub(super) fn take_copies(&mut self) -> Result<()> {
+        let manager = &mut self.manager;
+        let mut stale = Vec::new();
+        self.in_flight.copies.retain(|copy| {
+            // The destination may have been given up since, and be somebody else's by now.
+            let wanted = copy.owner.is_none_or(|(seq, index)| {
+                manager
+                    .table(seq)
+                    .is_ok_and(|table| table.get(index) == Some(&copy.dst))
+            });
+            if !wanted {
+                stale.push(copy.src);
+            }
+            wanted
+        });
+        let pending = manager.pending_copies();
+        if stale.is_empty() && pending.is_empty() {
+            return Ok(());
+        }
+        let sources: Vec<_> = pending.iter().map(|&(src, _)| src).collect();
+        self.in_flight
+            .copies
+            .extend(pending.iter().map(|&(src, dst)| HeldCopy { src, dst, owner: None }));
+        let (pool, cache) = manager.parts_mut();
+        pool.retain(&sources)?;
+        pool.release(&stale, None, cache)?;
+        manager.take_block_copies(0)?;
+        Ok(())
+    }
+
+    /// Lets the sources go: the copies were made.
+    pub(super) fn release_copies(&mut self) -> Result<()> {
+        if self.in_flight.copies.is_empty() {
+            return Ok(());
+        }
+        let sources: Vec<_> = self.in_flight.copies.drain(..).map(|copy| copy.src).collect();
+        let (pool, cache) = self.manager.parts_mut();
+        pool.release(&sources, None, cache)
+    }
+
+    /// Before a step is cancelled: finds whose the destinations of its copies are. Each is the block that a sequence
+    /// of the step was about to write first. O(sequences + copies), if there are any.
+    pub(super) fn find_copy_owners(&mut self) {
+        if self.in_flight.copies.iter().all(|copy| copy.owner.is_some()) {
+            return;
+        }
+        for entry in &self.in_flight.entries {
+            let Some(row) = self.rows.live(entry.row, entry.uid) else {
+                continue;
+            };
+            let seq = Self::seq_of(row);
+            let index = row.computed as usize / self.config.block_size;
+            let dst = self.manager.table(seq).ok().and_then(|table| table.get(index));
+            let copies = self.in_flight.copies.iter_mut();
+            for copy in copies.filter(|copy| Some(&copy.dst) == dst) {
+                copy.owner = Some((seq, index));
+            }
+        }
+    }
+}
