@@ -103,7 +103,7 @@ def test_not_causal(device: str, isa: str) -> None:
     check(batch, *attend(batch, causal=False), causal=False)
 
 
-@pytest.mark.parametrize("scale", [0.0, 0.01, 2.0, -1.0])
+@pytest.mark.parametrize("scale", [0.0, 0.01, 0.4, -0.2])
 def test_scale(device: str, isa: str, scale: float) -> None:
     batch = make_batch([50, 70], [1, 33], device=device)
     check(batch, *attend(batch, scale=scale), scale=scale)

@@ -11,9 +11,9 @@
 namespace pagedcore::cpu {
 
 #define PAGEDCORE_DECLARE(name) \
-    namespace name {            \
-    extern const Isa table;     \
-    }
+  namespace name {              \
+  extern const Isa table;       \
+  }
 PAGEDCORE_DECLARE(scalar)
 #ifdef PAGEDCORE_X86
 PAGEDCORE_DECLARE(avx2)
@@ -24,27 +24,27 @@ namespace {
 
 // __builtin_cpu_supports asks cpuid and, for wide registers, whether the operating system saves them (XCR0).
 std::vector<const Isa*> runnable() {
-    std::vector<const Isa*> list{&scalar::table};
+  std::vector<const Isa*> list{&scalar::table};
 #ifdef PAGEDCORE_X86
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-        list.push_back(&avx2::table);
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl")) {
-        list.push_back(&avx512::table);
-    }
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    list.push_back(&avx2::table);
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
+    list.push_back(&avx512::table);
+  }
 #endif
-    return list;
+  return list;
 }
 
 const Isa& find(const char* wanted, const char* source) {
-    std::string names;
-    for (const Isa* isa : runnable()) {
-        if (std::strcmp(isa->name, wanted) == 0) return *isa;
-        names += (names.empty() ? "" : ", ") + std::string(isa->name);
-    }
-    throw ArgumentError(Fault::invalid_argument, source, "one that this machine runs (" + names + ")",
-                        std::string("'") + wanted + "'");
+  std::string names;
+  for (const Isa* isa : runnable()) {
+    if (std::strcmp(isa->name, wanted) == 0) return *isa;
+    names += (names.empty() ? "" : ", ") + std::string(isa->name);
+  }
+  throw ArgumentError(Fault::invalid_argument, source, "one that this machine runs (" + names + ")",
+                      std::string("'") + wanted + "'");
 }
 
 std::atomic<const Isa*> selected{nullptr};
@@ -52,22 +52,19 @@ std::atomic<const Isa*> selected{nullptr};
 }  // namespace
 
 const Isa& selected_isa() {
-    if (const Isa* isa = selected.load(std::memory_order_acquire)) return *isa;
-    const char* wanted = std::getenv("PAGEDCORE_CPU_ISA");
-    const Isa& isa = wanted && *wanted ? find(wanted, "PAGEDCORE_CPU_ISA") : *runnable().back();
-    selected.store(&isa, std::memory_order_release);
-    return isa;
+  if (const Isa* isa = selected.load(std::memory_order_acquire)) return *isa;
+  const char* wanted = std::getenv("PAGEDCORE_CPU_ISA");
+  const Isa& isa = wanted && *wanted ? find(wanted, "PAGEDCORE_CPU_ISA") : *runnable().back();
+  selected.store(&isa, std::memory_order_release);
+  return isa;
 }
 
-void select_isa(const char* name) {
-    selected.store(&find(name, "name"), std::memory_order_release);
-}
+void select_isa(const char* name) { selected.store(&find(name, "name"), std::memory_order_release); }
 
 std::vector<std::string> runnable_isas() {
-    std::vector<std::string> names;
-    for (const Isa* isa : runnable())
-        names.emplace_back(isa->name);
-    return names;
+  std::vector<std::string> names;
+  for (const Isa* isa : runnable()) names.emplace_back(isa->name);
+  return names;
 }
 
 }  // namespace pagedcore::cpu

@@ -11,92 +11,89 @@ constexpr int64_t kMinPiece = 256;   // tokens: below this, merging costs more t
 constexpr int64_t kPieceAlign = 64;  // planner's pieces start at multiples of this
 constexpr int kItemsPerThread = 4;   // an item of more than 1 / (4 * threads) of the work is split
 
-int64_t ceil_div(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
-}
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Cost of an item: keys times a weight per key. Reading a K and V row costs about as much as eight query rows'
 // arithmetic on it.
 int64_t cost_of(const AttentionParams& p, const WorkItem& item) {
-    const int64_t rows = static_cast<int64_t>(item.query_end - item.query_begin) * (p.num_heads / p.num_kv_heads);
-    return (item.key_end - item.key_begin) * (item.head_end - item.head_begin) * (8 + rows);
+  const int64_t rows = static_cast<int64_t>(item.query_end - item.query_begin) * (p.num_heads / p.num_kv_heads);
+  return (item.key_end - item.key_begin) * (item.head_end - item.head_begin) * (8 + rows);
 }
 
 void append_split(const WorkItem& whole, int64_t piece, Plan& plan) {
-    WorkItem item = whole;
-    item.group = static_cast<int32_t>(plan.groups.size());
-    item.piece = 0;
-    item.piece_size = 0;
-    const auto first = static_cast<int32_t>(plan.items.size());
-    // Pieces end at absolute multiples of their size, so that they do not depend on where a window begins.
-    for (int64_t begin = whole.key_begin; begin < whole.key_end; ++item.piece) {
-        const int64_t end = std::min(whole.key_end, (begin / piece + 1) * piece);
-        item.key_begin = begin;
-        item.key_end = end;
-        plan.items.push_back(item);
-        begin = end;
-    }
-    plan.groups.push_back({first, item.piece});
+  WorkItem item = whole;
+  item.group = static_cast<int32_t>(plan.groups.size());
+  item.piece = 0;
+  item.piece_size = 0;
+  const auto first = static_cast<int32_t>(plan.items.size());
+  // Pieces end at absolute multiples of their size, so that they do not depend on where a window begins.
+  for (int64_t begin = whole.key_begin; begin < whole.key_end; ++item.piece) {
+    const int64_t end = std::min(whole.key_end, (begin / piece + 1) * piece);
+    item.key_begin = begin;
+    item.key_end = end;
+    plan.items.push_back(item);
+    begin = end;
+  }
+  plan.groups.push_back({first, item.piece});
 }
 
 }  // namespace
 
-void make_plan(const AttentionParams& p, int tile_rows, int64_t split_size, int num_threads, Plan& plan) {
-    plan.items.clear();
-    plan.order.clear();
-    plan.groups.clear();
-    plan.max_rows = 0;
-    plan.cost = 0;
-    const int32_t group = p.num_heads / p.num_kv_heads;
+void make_plan(const AttentionParams& p, const Isa& isa, int64_t split_size, int num_threads, Plan& plan) {
+  plan.items.clear();
+  plan.order.clear();
+  plan.groups.clear();
+  plan.stream_rows = plan.packed_rows = 0;
+  plan.cost = 0;
+  const int32_t group = p.num_heads / p.num_kv_heads;
 
-    std::vector<WorkItem> wholes;
-    wholes.reserve(static_cast<size_t>(p.num_seqs));
-    for (int32_t seq = 0; seq < p.num_seqs; ++seq) {
-        const int32_t query_len = p.query_start_loc[seq + 1] - p.query_start_loc[seq];
-        if (query_len == 0) continue;
-        const bool stream = static_cast<int64_t>(query_len) * group < tile_rows;
-        const int32_t queries = stream ? query_len : std::max<int32_t>(1, tile_rows / group);
-        const int32_t heads = stream ? p.num_kv_heads : 1;
-        for (int32_t query = 0; query < query_len; query += queries) {
-            const int32_t query_end = std::min(query_len, query + queries);
-            const KeyRange keys = visible_keys(p, p.seq_lens[seq], query_len, query, query_end);
-            for (int32_t head = 0; head < p.num_kv_heads; head += heads) {
-                WorkItem item{
-                    seq, query, query_end, head, head + heads, -1, 0, keys.begin, std::max(keys.begin, keys.end), 0};
-                plan.max_rows = std::max<int64_t>(plan.max_rows, item.rows(group));
-                plan.cost += cost_of(p, item);
-                wholes.push_back(item);
-            }
-        }
+  std::vector<WorkItem> wholes;
+  wholes.reserve(static_cast<size_t>(p.num_seqs));
+  for (int32_t seq = 0; seq < p.num_seqs; ++seq) {
+    const int32_t query_len = p.query_start_loc[seq + 1] - p.query_start_loc[seq];
+    if (query_len == 0) continue;
+    const bool packed = static_cast<int64_t>(query_len) * group >= isa.stream_rows;
+    const int32_t queries = packed ? std::max<int32_t>(1, isa.packed_rows / group) : query_len;
+    const int32_t heads = packed ? 1 : p.num_kv_heads;
+    for (int32_t query = 0; query < query_len; query += queries) {
+      const int32_t query_end = std::min(query_len, query + queries);
+      const KeyRange keys = visible_keys(p, p.seq_lens[seq], query_len, query, query_end);
+      for (int32_t head = 0; head < p.num_kv_heads; head += heads) {
+        WorkItem item{
+            seq, query, query_end, head, head + heads, -1, 0, packed, keys.begin, std::max(keys.begin, keys.end), 0};
+        int64_t& most = packed ? plan.packed_rows : plan.stream_rows;
+        most = std::max<int64_t>(most, item.rows(group));
+        plan.cost += cost_of(p, item);
+        wholes.push_back(item);
+      }
     }
+  }
 
-    const int64_t limit = std::max<int64_t>(1, plan.cost / (static_cast<int64_t>(num_threads) * kItemsPerThread));
-    const bool distribute = num_threads > 1 && wholes.size() < static_cast<size_t>(num_threads) * kItemsPerThread;
-    for (WorkItem& item : wholes) {
-        const int64_t keys = item.key_end - item.key_begin;
-        if (split_size > 0) {
-            const int64_t pieces =
-                item.key_end > 0 ? (item.key_end - 1) / split_size - item.key_begin / split_size + 1 : 0;
-            if (pieces > 1 && distribute) {
-                append_split(item, split_size, plan);
-                continue;
-            }
-            item.piece_size = pieces > 1 ? split_size : 0;
-        } else if (split_size < 0 && num_threads > 1 && keys > kMinPiece) {
-            const int64_t pieces = std::min(ceil_div(cost_of(p, item), limit), keys / kMinPiece);
-            if (pieces > 1) {
-                append_split(item, ceil_div(ceil_div(keys, pieces), kPieceAlign) * kPieceAlign, plan);
-                continue;
-            }
-        }
-        plan.items.push_back(item);
+  const int64_t limit = std::max<int64_t>(1, plan.cost / (static_cast<int64_t>(num_threads) * kItemsPerThread));
+  const bool distribute = num_threads > 1 && wholes.size() < static_cast<size_t>(num_threads) * kItemsPerThread;
+  for (WorkItem& item : wholes) {
+    const int64_t keys = item.key_end - item.key_begin;
+    if (split_size > 0) {
+      const int64_t pieces = item.key_end > 0 ? (item.key_end - 1) / split_size - item.key_begin / split_size + 1 : 0;
+      if (pieces > 1 && distribute) {
+        append_split(item, split_size, plan);
+        continue;
+      }
+      item.piece_size = pieces > 1 ? split_size : 0;
+    } else if (split_size < 0 && num_threads > 1 && keys > kMinPiece) {
+      const int64_t pieces = std::min(ceil_div(cost_of(p, item), limit), keys / kMinPiece);
+      if (pieces > 1) {
+        append_split(item, ceil_div(ceil_div(keys, pieces), kPieceAlign) * kPieceAlign, plan);
+        continue;
+      }
     }
+    plan.items.push_back(item);
+  }
 
-    plan.order.resize(plan.items.size());
-    for (size_t i = 0; i < plan.order.size(); ++i)
-        plan.order[i] = static_cast<int32_t>(i);
-    std::stable_sort(plan.order.begin(), plan.order.end(),
-                     [&](int32_t a, int32_t b) { return cost_of(p, plan.items[a]) > cost_of(p, plan.items[b]); });
+  plan.order.resize(plan.items.size());
+  for (size_t i = 0; i < plan.order.size(); ++i) plan.order[i] = static_cast<int32_t>(i);
+  std::stable_sort(plan.order.begin(), plan.order.end(),
+                   [&](int32_t a, int32_t b) { return cost_of(p, plan.items[a]) > cost_of(p, plan.items[b]); });
 }
 
 }  // namespace pagedcore::cpu

@@ -9,71 +9,65 @@
 namespace pagedcore {
 
 struct f16 {
-    uint16_t bits;
+  uint16_t bits;
 };
 struct bf16 {
-    uint16_t bits;
+  uint16_t bits;
 };
 
 PAGEDCORE_FN uint32_t float_bits(float x) {
-    uint32_t u;
-    std::memcpy(&u, &x, sizeof u);
-    return u;
+  uint32_t u;
+  std::memcpy(&u, &x, sizeof u);
+  return u;
 }
 
 PAGEDCORE_FN float bits_float(uint32_t u) {
-    float x;
-    std::memcpy(&x, &u, sizeof x);
-    return x;
+  float x;
+  std::memcpy(&x, &u, sizeof x);
+  return x;
 }
 
-PAGEDCORE_FN float to_float(float x) {
-    return x;
-}
+PAGEDCORE_FN float to_float(float x) { return x; }
 
-PAGEDCORE_FN float to_float(bf16 x) {
-    return bits_float(static_cast<uint32_t>(x.bits) << 16);
-}
+PAGEDCORE_FN float to_float(bf16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
 
 PAGEDCORE_FN float to_float(f16 x) {
-    const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
-    const uint32_t magnitude = x.bits & 0x7fffu;
-    if (magnitude >= 0x7c00u) return bits_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);  // infinity, NaN
-    if (magnitude >= 0x0400u) return bits_float(sign | ((magnitude << 13) + 0x38000000u));
-    return bits_float(sign |
-                      float_bits(static_cast<float>(magnitude) * 5.9604644775390625e-8f));  // subnormal: units of 2^-24
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return bits_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);  // infinity, NaN
+  if (magnitude >= 0x0400u) return bits_float(sign | ((magnitude << 13) + 0x38000000u));
+  return bits_float(sign |
+                    float_bits(static_cast<float>(magnitude) * 5.9604644775390625e-8f));  // subnormal: units of 2^-24
 }
 
-PAGEDCORE_FN void from_float(float x, float& out) {
-    out = x;
-}
+PAGEDCORE_FN void from_float(float x, float& out) { out = x; }
 
 PAGEDCORE_FN void from_float(float x, bf16& out) {
-    const uint32_t u = float_bits(x);
-    if ((u & 0x7fffffffu) > 0x7f800000u) {
-        out.bits = static_cast<uint16_t>(u >> 16 | 0x40u);  // keep a NaN a NaN
-    } else {
-        out.bits = static_cast<uint16_t>((u + 0x7fffu + (u >> 16 & 1u)) >> 16);
-    }
+  const uint32_t u = float_bits(x);
+  if ((u & 0x7fffffffu) > 0x7f800000u) {
+    out.bits = static_cast<uint16_t>(u >> 16 | 0x40u);  // keep a NaN a NaN
+  } else {
+    out.bits = static_cast<uint16_t>((u + 0x7fffu + (u >> 16 & 1u)) >> 16);
+  }
 }
 
 PAGEDCORE_FN void from_float(float x, f16& out) {
-    const uint32_t u = float_bits(x);
-    const uint32_t sign = u >> 16 & 0x8000u;
-    const uint32_t magnitude = u & 0x7fffffffu;
-    uint32_t h;
-    if (magnitude > 0x7f800000u) {
-        h = 0x7e00u;
-    } else if (magnitude >= 0x477ff000u) {
-        h = 0x7c00u;  // rounds past the largest finite f16
-    } else if (magnitude >= 0x38800000u) {
-        h = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
-    } else {
-        // Subnormal: adding 0.5 lines the value up so that the unit in the last place of the sum is 2^-24, and rounds
-        // it to even.
-        h = float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000u;
-    }
-    out.bits = static_cast<uint16_t>(sign | h);
+  const uint32_t u = float_bits(x);
+  const uint32_t sign = u >> 16 & 0x8000u;
+  const uint32_t magnitude = u & 0x7fffffffu;
+  uint32_t h;
+  if (magnitude > 0x7f800000u) {
+    h = 0x7e00u;
+  } else if (magnitude >= 0x477ff000u) {
+    h = 0x7c00u;  // rounds past the largest finite f16
+  } else if (magnitude >= 0x38800000u) {
+    h = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+  } else {
+    // Subnormal: adding 0.5 lines the value up so that the unit in the last place of the sum is 2^-24, and rounds
+    // it to even.
+    h = float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000u;
+  }
+  out.bits = static_cast<uint16_t>(sign | h);
 }
 
 }  // namespace pagedcore

@@ -15,62 +15,62 @@ enum class DType : uint8_t { f32, f16, bf16, i32, i64, u8 };
 
 // One side (K or V) of one layer's cache: [num_blocks, num_kv_heads, block_size, dim].
 struct Pages {
-    void* data;
-    int64_t block_stride;
-    int64_t head_stride;
-    int64_t token_stride;
+  void* data;
+  int64_t block_stride;
+  int64_t head_stride;
+  int64_t token_stride;
 };
 
 struct AttentionParams {
-    const void* query;  // [num_tokens, num_heads, head_dim]
-    int64_t query_token_stride;
-    int64_t query_head_stride;
+  const void* query;  // [num_tokens, num_heads, head_dim]
+  int64_t query_token_stride;
+  int64_t query_head_stride;
 
-    Pages k;  // dim = head_dim
-    Pages v;  // dim = v_head_dim
+  Pages k;  // dim = head_dim
+  Pages v;  // dim = v_head_dim
 
-    const int32_t* block_table;  // [table_rows, max_blocks], rows block_table_stride apart
-    int64_t block_table_stride;
-    const int32_t* block_table_rows;  // [num_seqs]: the table row of each sequence; null means row i for sequence i
-    const int32_t* seq_lens;          // [num_seqs] tokens in the cache, this step's included
-    const int32_t* query_start_loc;   // [num_seqs + 1] cumulative query lengths
+  const int32_t* block_table;  // [table_rows, max_blocks], rows block_table_stride apart
+  int64_t block_table_stride;
+  const int32_t* block_table_rows;  // [num_seqs]: the table row of each sequence; null means row i for sequence i
+  const int32_t* seq_lens;          // [num_seqs] tokens in the cache, this step's included
+  const int32_t* query_start_loc;   // [num_seqs + 1] cumulative query lengths
 
-    void* out;  // [num_tokens, num_heads, v_head_dim]
-    int64_t out_token_stride;
-    int64_t out_head_stride;
-    float* lse;  // [num_tokens, num_heads], natural log; null: not wanted
-    int64_t lse_token_stride;
-    int64_t lse_head_stride;
+  void* out;  // [num_tokens, num_heads, v_head_dim]
+  int64_t out_token_stride;
+  int64_t out_head_stride;
+  float* lse;  // [num_tokens, num_heads], natural log; null: not wanted
+  int64_t lse_token_stride;
+  int64_t lse_head_stride;
 
-    int64_t num_tokens;
-    int64_t num_blocks;
-    int64_t max_blocks;  // columns of the block table
-    int32_t num_seqs;
-    int32_t table_rows;
-    int32_t num_heads;
-    int32_t num_kv_heads;
-    int32_t head_dim;
-    int32_t v_head_dim;
-    int32_t block_size;
-    int64_t window;  // 0: none; W: position i sees j if i - W < j <= i
-    float scale;     // multiplies the scores
-    bool causal;
-    DType dtype;  // of query, k, v and out
+  int64_t num_tokens;
+  int64_t num_blocks;
+  int64_t max_blocks;  // columns of the block table
+  int32_t num_seqs;
+  int32_t table_rows;
+  int32_t num_heads;
+  int32_t num_kv_heads;
+  int32_t head_dim;
+  int32_t v_head_dim;
+  int32_t block_size;
+  int64_t window;  // 0: none; W: position i sees j if i - W < j <= i
+  float scale;     // multiplies the scores
+  bool causal;
+  DType dtype;  // of query, k, v and out
 };
 
 struct CacheWriteParams {
-    const void* key;    // [num_tokens, num_kv_heads, head_dim]
-    const void* value;  // [num_tokens, num_kv_heads, v_head_dim]
-    int64_t key_token_stride, key_head_stride;
-    int64_t value_token_stride, value_head_stride;
-    Pages k, v;
-    const int64_t* slot_mapping;  // [num_tokens] block * block_size + offset; negative: the token is not written
-    int64_t num_tokens;
-    int32_t num_kv_heads;
-    int32_t block_size;
-    int64_t key_bytes;    // head_dim * element size
-    int64_t value_bytes;  // v_head_dim * element size
-    int32_t element_size;
+  const void* key;    // [num_tokens, num_kv_heads, head_dim]
+  const void* value;  // [num_tokens, num_kv_heads, v_head_dim]
+  int64_t key_token_stride, key_head_stride;
+  int64_t value_token_stride, value_head_stride;
+  Pages k, v;
+  const int64_t* slot_mapping;  // [num_tokens] block * block_size + offset; negative: the token is not written
+  int64_t num_tokens;
+  int32_t num_kv_heads;
+  int32_t block_size;
+  int64_t key_bytes;    // head_dim * element size
+  int64_t value_bytes;  // v_head_dim * element size
+  int32_t element_size;
 };
 
 }  // namespace pagedcore

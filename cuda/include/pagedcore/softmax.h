@@ -14,24 +14,22 @@ constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 
 // The reference point to subtract: exponents stay finite while a row has seen no key (m = -inf).
-PAGEDCORE_FN float finite_max(float m) {
-    return m == -INFINITY ? 0.0f : m;
-}
+PAGEDCORE_FN float finite_max(float m) { return m == -INFINITY ? 0.0f : m; }
 
 // Natural-log sum of exponentials of a finished row; -inf if it saw no key.
 PAGEDCORE_FN float log_sum_exp(float m, float l) {
-    return l == 0.0f && m == -INFINITY ? -INFINITY : (m + __builtin_log2f(l)) * kLn2;
+  return l == 0.0f && m == -INFINITY ? -INFINITY : (m + __builtin_log2f(l)) * kLn2;
 }
 
 // Factors that bring two states to their common maximum.
 struct MergeFactors {
-    float m, a, b;
+  float m, a, b;
 };
 
 PAGEDCORE_FN MergeFactors merge_factors(float m_a, float m_b) {
-    const float m = m_a > m_b || m_a != m_a ? m_a : m_b;
-    const float reference = finite_max(m);
-    return {m, __builtin_exp2f(m_a - reference), __builtin_exp2f(m_b - reference)};
+  const float m = m_a > m_b || m_a != m_a ? m_a : m_b;
+  const float reference = finite_max(m);
+  return {m, __builtin_exp2f(m_a - reference), __builtin_exp2f(m_b - reference)};
 }
 
 }  // namespace pagedcore

@@ -11,18 +11,19 @@ namespace pagedcore {
 // a group: its state goes to a partial buffer, and whoever finishes the group's last piece folds the pieces in order
 // and writes the output.
 struct WorkItem {
-    int32_t seq;
-    int32_t query_begin, query_end;
-    int32_t head_begin, head_end;
-    int32_t group;
-    int32_t piece;
-    int64_t key_begin, key_end;
-    int64_t
-        piece_size;  // > 0: process the keys in pieces of this size (aligned to multiples of it) and fold them in order
+  int32_t seq;
+  int32_t query_begin, query_end;
+  int32_t head_begin, head_end;
+  int32_t group;
+  int32_t piece;
+  bool packed;  // many rows a KV head: one head only, by the packed kernel
+  int64_t key_begin, key_end;
+  int64_t
+      piece_size;  // > 0: process the keys in pieces of this size (aligned to multiples of it) and fold them in order
 
-    int32_t rows(int32_t queries_per_kv_head) const {
-        return (query_end - query_begin) * (head_end - head_begin) * queries_per_kv_head;
-    }
+  int32_t rows(int32_t queries_per_kv_head) const {
+    return (query_end - query_begin) * (head_end - head_begin) * queries_per_kv_head;
+  }
 };
 
 }  // namespace pagedcore
