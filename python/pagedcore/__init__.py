@@ -11,10 +11,15 @@ from pagedcore import errors
 from pagedcore._core import (
     BlockPool,
     Commit,
+    Explanation,
     KVCacheManager,
     KVGroup,
     PrefixCache,
     PrefixHit,
+    Scheduler,
+    SchedulerConfig,
+    StepPlan,
+    StepResult,
     __version__,
 )
 from pagedcore.errors import PagedCoreError
@@ -22,11 +27,16 @@ from pagedcore.errors import PagedCoreError
 __all__ = [
     "BlockPool",
     "Commit",
+    "Explanation",
     "KVCacheManager",
     "KVGroup",
     "PagedCoreError",
     "PrefixCache",
     "PrefixHit",
+    "Scheduler",
+    "SchedulerConfig",
+    "StepPlan",
+    "StepResult",
     "__version__",
     "errors",
 ]

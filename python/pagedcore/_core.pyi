@@ -4,7 +4,7 @@
 # tensors, other objects with __array__ or __dlpack__, or lists, tuples and ranges of ints. Block ids likewise.
 
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeAlias, TypedDict, final, type_check_only
+from typing import Any, Literal, Protocol, TypeAlias, TypedDict, final, type_check_only
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +13,15 @@ from typing_extensions import Buffer
 __all__ = [
     "BlockPool",
     "Commit",
+    "Explanation",
     "KVCacheManager",
     "KVGroup",
     "PrefixCache",
     "PrefixHit",
+    "Scheduler",
+    "SchedulerConfig",
+    "StepPlan",
+    "StepResult",
     "__version__",
 ]
 
@@ -71,6 +76,27 @@ class _ManagerStats(TypedDict):
     zeroed: int
     pool: _PoolStats
     cache: _CacheStats | None
+
+@type_check_only
+class _SchedulerStats(TypedDict):
+    running: int
+    waiting: int
+    rows: int
+    added: int
+    stopped: int
+    length: int
+    failed: int
+    aborted: int
+    finished_by_caller: int
+    steps: int
+    cancelled_steps: int
+    scheduled_tokens: int
+    sampled_tokens: int
+    preemptions: int
+    prefix_query_tokens: int
+    prefix_hit_tokens: int
+    block_copies: int
+    blocks_zeroed: int
 
 @final
 class BlockPool:
@@ -193,4 +219,169 @@ class KVCacheManager:
     def take_block_copies(self, group: int = 0) -> NDArray[np.int32]: ...
     def take_blocks_to_zero(self) -> NDArray[np.int32]: ...
     def stats(self) -> _ManagerStats: ...
+    def check(self) -> None: ...
+
+@final
+class SchedulerConfig:
+    def __new__(
+        cls,
+        *,
+        num_blocks: int,
+        block_size: int = 16,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 2048,
+        max_model_len: int = 4096,
+        vocab_size: int | None = None,
+        enable_prefix_caching: bool = True,
+        max_steps_in_flight: int = 1,
+    ) -> SchedulerConfig: ...
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def max_num_seqs(self) -> int: ...
+    @property
+    def max_num_batched_tokens(self) -> int: ...
+    @property
+    def max_model_len(self) -> int: ...
+    @property
+    def vocab_size(self) -> int | None: ...
+    @property
+    def enable_prefix_caching(self) -> bool: ...
+    @property
+    def max_steps_in_flight(self) -> int: ...
+    def __eq__(self, other: object, /) -> bool: ...
+    def __hash__(self, /) -> int: ...
+
+@final
+class StepPlan:
+    @staticmethod
+    def from_buffer(buf: _Out) -> StepPlan: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def num_seqs(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def num_samples(self) -> int: ...
+    @property
+    def max_query_len(self) -> int: ...
+    @property
+    def max_seq_len(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def head_bytes(self) -> int: ...
+    @property
+    def request_ids(self) -> list[str]: ...
+    @property
+    def started(self) -> list[tuple[int, str, int]]: ...
+    @property
+    def preempted(self) -> list[str]: ...
+    @property
+    def input_ids(self) -> NDArray[np.int32]: ...
+    @property
+    def input_sources(self) -> NDArray[np.int32]: ...
+    @property
+    def positions(self) -> NDArray[np.int32]: ...
+    @property
+    def query_start_loc(self) -> NDArray[np.int32]: ...
+    @property
+    def seq_lens(self) -> NDArray[np.int32]: ...
+    @property
+    def rows(self) -> NDArray[np.int32]: ...
+    @property
+    def logits_indices(self) -> NDArray[np.int32]: ...
+    @property
+    def sample_seqs(self) -> NDArray[np.int32]: ...
+    @property
+    def slot_mapping(self) -> NDArray[np.int64]: ...
+    @property
+    def block_table(self) -> NDArray[np.int32]: ...
+    @property
+    def table_updates(self) -> NDArray[np.int32]: ...
+    @property
+    def block_copies(self) -> NDArray[np.int32]: ...
+    @property
+    def blocks_to_zero(self) -> NDArray[np.int32]: ...
+    @property
+    def buffer(self) -> NDArray[np.uint8]: ...
+    @property
+    def groups(self) -> tuple[StepPlan, ...]: ...
+
+@final
+class StepResult:
+    @property
+    def finished(self) -> list[tuple[str, int, str]]: ...
+    @property
+    def rows(self) -> NDArray[np.int32]: ...
+    @property
+    def tokens(self) -> NDArray[np.int32]: ...
+
+@final
+class Explanation:
+    @property
+    def phase(self) -> Literal["running", "waiting", "preempted"]: ...
+    @property
+    def reason(
+        self,
+    ) -> (
+        Literal[
+            "token_budget",
+            "rows",
+            "blocks",
+            "running_short_of_blocks",
+            "table_updates",
+            "behind",
+            "not_considered",
+        ]
+        | None
+    ): ...
+    @property
+    def needed(self) -> int | None: ...
+    @property
+    def available(self) -> int | None: ...
+    @property
+    def behind(self) -> str | None: ...
+
+@final
+class Scheduler:
+    def __new__(
+        cls, config: SchedulerConfig, manager: KVCacheManager | None = None, clock: None = None
+    ) -> Scheduler: ...
+    @property
+    def config(self) -> SchedulerConfig: ...
+    @property
+    def manager(self) -> KVCacheManager: ...
+    @property
+    def has_unfinished(self) -> bool: ...
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: _Ids,
+        max_tokens: int,
+        stop_token_ids: _Ids = (),
+        n: int = 1,
+        priority: int = 0,
+        tenant: str = "",
+        cache_salt: str = "",
+        extra_keys: _ExtraKeys = (),
+        content_keys: _ContentKeys = (),
+        pipelined: bool = True,
+    ) -> None: ...
+    def schedule(self) -> StepPlan | None: ...
+    def update(
+        self,
+        step: int,
+        sampled_token_ids: _Ids,
+        num_sampled: _Ids | None = None,
+        failed: Buffer | _SupportsArray | Sequence[bool] | None = None,
+    ) -> StepResult: ...
+    def cancel(self, step: int) -> None: ...
+    def finish(self, request_id: str, reason: str, index: int | None = None) -> list[tuple[str, int, str]]: ...
+    def abort(self, request_id: str) -> list[tuple[str, int, str]]: ...
+    def explain(self, request_id: str) -> Explanation: ...
+    def stats(self) -> _SchedulerStats: ...
     def check(self) -> None: ...

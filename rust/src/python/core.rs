@@ -4,6 +4,7 @@ use crate::error::{Error, Result};
 use crate::manager::KVCacheManager;
 use crate::pool::{BlockPool, NoCache, Reclaim};
 use crate::prefix::PrefixCache;
+use crate::scheduler::{Scheduler, SchedulerConfig};
 
 /// The state behind one lock.
 pub enum Core {
@@ -11,6 +12,8 @@ pub enum Core {
     Blocks(Box<Blocks>),
     /// `KVCacheManager(...)`.
     Manager(Box<KVCacheManager>),
+    /// `Scheduler(...)`.
+    Scheduler(Box<Scheduler>),
 }
 
 /// A bare pool.
@@ -46,6 +49,10 @@ impl Core {
                 let (pool, cache) = manager.parts_mut();
                 (pool, cache)
             }
+            Self::Scheduler(scheduler) => {
+                let (pool, cache) = scheduler.manager_mut().parts_mut();
+                (pool, cache)
+            }
         }
     }
 
@@ -60,6 +67,7 @@ impl Core {
                 blocks.cache.as_mut().ok_or_else(|| missing("the number of caches"))?,
             ),
             Self::Manager(manager) => manager.parts_mut(),
+            Self::Scheduler(scheduler) => scheduler.manager_mut().parts_mut(),
         };
         Ok((cache, pool))
     }
@@ -71,8 +79,32 @@ impl Core {
     pub fn manager(&mut self) -> Result<&mut KVCacheManager> {
         match self {
             Self::Manager(manager) => Ok(manager),
+            Self::Scheduler(scheduler) => Ok(scheduler.manager_mut()),
             Self::Blocks(_) => Err(missing("the number of managers")),
         }
+    }
+
+    /// The requests.
+    ///
+    /// # Errors
+    /// `Corruption`: only an object that was made with a scheduler asks.
+    pub fn scheduler(&mut self) -> Result<&mut Scheduler> {
+        match self {
+            Self::Scheduler(scheduler) => Ok(scheduler),
+            Self::Blocks(_) | Self::Manager(_) => Err(missing("the number of schedulers")),
+        }
+    }
+
+    /// Puts a scheduler over a manager. False: it is under one already. O(blocks + tokens).
+    ///
+    /// # Errors
+    /// As `Scheduler::with_manager`; the manager is as before then.
+    pub fn adopt(&mut self, config: &SchedulerConfig) -> Result<bool> {
+        let Self::Manager(manager) = self else { return Ok(false) };
+        // A copy, since a scheduler that refuses does not give the manager back.
+        let scheduler = Scheduler::with_manager(config.clone(), (**manager).clone())?;
+        *self = Self::Scheduler(Box::new(scheduler));
+        Ok(true)
     }
 
     /// Gives a bare pool a cache. False: there is one, or the pool is a manager's.
@@ -85,15 +117,13 @@ impl Core {
                 blocks.cache = Some(PrefixCache::new(&blocks.pool)?);
                 Ok(true)
             }
-            Self::Blocks(_) | Self::Manager(_) => Ok(false),
+            Self::Blocks(_) | Self::Manager(_) | Self::Scheduler(_) => Ok(false),
         }
     }
 
     /// Whether steps are begun and completed by a scheduler alone.
     pub fn numbers_steps(&self) -> bool {
-        match self {
-            Self::Blocks(_) | Self::Manager(_) => false,
-        }
+        matches!(self, Self::Scheduler(_))
     }
 
     /// Checks every invariant of every level there is.
@@ -107,6 +137,7 @@ impl Core {
                 blocks.cache.as_ref().map_or(Ok(()), |cache| cache.check(&blocks.pool))
             }
             Self::Manager(manager) => manager.check(),
+            Self::Scheduler(scheduler) => scheduler.check(),
         }
     }
 }

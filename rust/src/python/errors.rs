@@ -181,7 +181,7 @@ pub fn shown(value: &Bound<'_, PyAny>) -> String {
     const LONGEST: usize = 60;
     // An int of more than 4,300 digits has no repr.
     let text = value.repr().map_or_else(
-        |_| format!("a huge {}", super::arrays::type_name(value)),
+        |_| format!("a huge {}", super::arguments::type_name(value)),
         |r| r.to_string_lossy().into_owned(),
     );
     match text.char_indices().nth(LONGEST) {

@@ -6,12 +6,14 @@ use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use super::arrays::{self, Arg, Out, type_name};
+use super::arguments::{self, Arg, items, type_name};
 use super::core::Core;
 use super::errors;
+use super::numpy::Out;
 use super::pool::{BlockPool, pool_stats};
-use super::prefix::{PrefixCache, cache_stats, ids, items, namespace_key, read_content_keys};
+use super::prefix::{PrefixCache, cache_stats, ids, namespace_key, read_content_keys};
 use super::shared::{Handle, Shared};
+use super::{arrays, numpy};
 use crate::ids::SeqHandle;
 use crate::manager::{self, ManagerConfig};
 
@@ -33,7 +35,7 @@ impl KVGroup {
     #[pyo3(signature = (window = None))]
     fn new(window: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
         Ok(Self {
-            window: arrays::optional(window, |w| arrays::count(w, "window", 1))?,
+            window: arguments::optional(window, |w| arguments::count(w, "window", 1))?,
         })
     }
 
@@ -62,7 +64,7 @@ impl KVGroup {
 ///     InvalidArgumentError: a size is out of range. UnsupportedError: more than one group, or a window.
 #[pyclass(frozen, module = "pagedcore", name = "KVCacheManager")]
 pub struct KVCacheManager {
-    core: Handle,
+    pub core: Handle,
     num_blocks: usize,
     block_size: usize,
     caching: bool,
@@ -116,13 +118,14 @@ impl KVCacheManager {
         vocab_size: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let py = num_blocks.py();
-        let num_blocks = arrays::size(num_blocks, "num_blocks")?;
-        let block_size = block_size.or(16, |b| arrays::size(b, "block_size"))?;
+        let num_blocks = arguments::size(num_blocks, "num_blocks")?;
+        let block_size = block_size.or(16, |b| arguments::size(b, "block_size"))?;
         let mut config = ManagerConfig::new(num_blocks, block_size);
-        config.enable_prefix_caching = enable_prefix_caching.or(true, |b| arrays::flag(b, "enable_prefix_caching"))?;
-        config.merge_blocks = merge_blocks.or(true, |b| arrays::flag(b, "merge_blocks"))?;
+        config.enable_prefix_caching =
+            enable_prefix_caching.or(true, |b| arguments::flag(b, "enable_prefix_caching"))?;
+        config.merge_blocks = merge_blocks.or(true, |b| arguments::flag(b, "merge_blocks"))?;
         config.groups = groups.or(config.groups, read_groups)?;
-        config.vocab_size = arrays::optional(vocab_size, |v| arrays::vocab_size(v))?;
+        config.vocab_size = arguments::optional(vocab_size, |v| arguments::vocab_size(v))?;
         let caching = config.enable_prefix_caching;
         let manager = manager::KVCacheManager::new(&config).map_err(|e| errors::from_core(py, &e))?;
         Ok(Self::view(
@@ -210,7 +213,7 @@ impl KVCacheManager {
             m.read_tokens(handle, 0, tokens.len(), &mut tokens)?;
             Ok(tokens)
         })?;
-        arrays::new_i32_signed(seq.py(), &tokens)
+        numpy::new_i32_signed(seq.py(), &tokens)
     }
 
     /// Appends tokens; takes no block. Amortised O(1) per token.
@@ -248,8 +251,8 @@ impl KVCacheManager {
         num_lookahead_tokens: Arg<'_>,
     ) -> PyResult<usize> {
         let handle = sequence(seq)?;
-        let new = arrays::size(num_new_tokens, "num_new_tokens")?;
-        let lookahead = num_lookahead_tokens.or(0, |n| arrays::size(n, "num_lookahead_tokens"))?;
+        let new = arguments::size(num_new_tokens, "num_new_tokens")?;
+        let lookahead = num_lookahead_tokens.or(0, |n| arguments::size(n, "num_lookahead_tokens"))?;
         let blocks = new.saturating_add(lookahead) / self.block_size;
         self.long(seq.py(), blocks, |m| m.allocate_slots(handle, new, lookahead))
     }
@@ -265,7 +268,7 @@ impl KVCacheManager {
     ///     the first table entry that changed; the table's length if none did.
     fn commit(&self, seq: &Bound<'_, PyAny>, num_computed_tokens: &Bound<'_, PyAny>) -> PyResult<usize> {
         let handle = sequence(seq)?;
-        let computed = arrays::size(num_computed_tokens, "num_computed_tokens")?;
+        let computed = arguments::size(num_computed_tokens, "num_computed_tokens")?;
         self.short(seq.py(), |m| m.commit(handle, computed))
     }
 
@@ -281,8 +284,8 @@ impl KVCacheManager {
         after_step: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<usize> {
         let handle = sequence(seq)?;
-        let num_tokens = arrays::size(num_tokens, "num_tokens")?;
-        let after_step = arrays::optional(after_step, |s| arrays::step(s, "after_step"))?;
+        let num_tokens = arguments::size(num_tokens, "num_tokens")?;
+        let after_step = arguments::optional(after_step, |s| arguments::step(s, "after_step"))?;
         self.short(seq.py(), |m| m.truncate(handle, num_tokens, after_step))
     }
 
@@ -293,7 +296,7 @@ impl KVCacheManager {
     #[pyo3(signature = (seq, n = Arg(None)), text_signature = "($self, seq, n=1)")]
     fn fork(&self, seq: &Bound<'_, PyAny>, n: Arg<'_>) -> PyResult<Vec<u64>> {
         let handle = sequence(seq)?;
-        let n = n.or(1, |n| arrays::size(n, "n"))?;
+        let n = n.or(1, |n| arguments::size(n, "n"))?;
         // A sequence of 32k tokens has 2,048 blocks: one copy of it is still short.
         let forks = self.long(seq.py(), n.saturating_mul(64), |m| m.fork(handle, n))?;
         Ok(forks.into_iter().map(|fork| fork.0).collect())
@@ -303,7 +306,7 @@ impl KVCacheManager {
     #[pyo3(signature = (seq, after_step = None))]
     fn preempt(&self, seq: &Bound<'_, PyAny>, after_step: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
         let handle = sequence(seq)?;
-        let after_step = arrays::optional(after_step, |s| arrays::step(s, "after_step"))?;
+        let after_step = arguments::optional(after_step, |s| arguments::step(s, "after_step"))?;
         self.short(seq.py(), |m| m.preempt(handle, after_step))
     }
 
@@ -320,7 +323,7 @@ impl KVCacheManager {
     #[pyo3(signature = (seq, after_step = None))]
     fn free(&self, seq: &Bound<'_, PyAny>, after_step: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
         let handle = sequence(seq)?;
-        let after_step = arrays::optional(after_step, |s| arrays::step(s, "after_step"))?;
+        let after_step = arguments::optional(after_step, |s| arguments::step(s, "after_step"))?;
         self.short(seq.py(), |m| m.free(handle, after_step))
     }
 
@@ -340,8 +343,8 @@ impl KVCacheManager {
         out: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let handle = sequence(seq)?;
-        let group = group.or(0, |g| arrays::size(g, "group"))?;
-        let out = arrays::optional(out, |out| Out::new(out, 4))?;
+        let group = group.or(0, |g| arguments::size(g, "group"))?;
+        let out = arguments::optional(out, |out| Out::new(out, 4))?;
         let table = self.short(seq.py(), |m| {
             let mut table = vec![0; m.table(handle)?.len()];
             m.block_table(handle, group, &mut table)?;
@@ -349,7 +352,7 @@ impl KVCacheManager {
         })?;
         match out {
             Some(out) => out.write_i32(&table),
-            None => arrays::new_i32_signed(seq.py(), &table),
+            None => numpy::new_i32_signed(seq.py(), &table),
         }
     }
 
@@ -374,9 +377,9 @@ impl KVCacheManager {
         out: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let handle = sequence(seq)?;
-        let (start, stop) = (arrays::size(start, "start")?, arrays::size(stop, "stop")?);
-        let group = group.or(0, |g| arrays::size(g, "group"))?;
-        let out = arrays::optional(out, |out| Out::new(out, 8))?;
+        let (start, stop) = (arguments::size(start, "start")?, arguments::size(stop, "stop")?);
+        let group = group.or(0, |g| arguments::size(g, "group"))?;
+        let out = arguments::optional(out, |out| Out::new(out, 8))?;
         let block_size = self.block_size;
         let slots = self.long(seq.py(), stop.saturating_sub(start), |m| {
             // Not before it is known to fit: `stop` is whatever the caller says.
@@ -386,7 +389,7 @@ impl KVCacheManager {
         })?;
         match out {
             Some(out) => out.write_i64(&slots),
-            None => arrays::new_i64(seq.py(), &slots),
+            None => numpy::new_i64(seq.py(), &slots),
         }
     }
 
@@ -395,16 +398,16 @@ impl KVCacheManager {
     /// The sources are held until the newest step begun is complete; with none in flight, run them before the next call.
     #[pyo3(signature = (group = Arg(None)), text_signature = "($self, group=0)")]
     fn take_block_copies<'py>(&self, py: Python<'py>, group: Arg<'py>) -> PyResult<Bound<'py, PyAny>> {
-        let group = group.or(0, |g| arrays::size(g, "group"))?;
+        let group = group.or(0, |g| arguments::size(g, "group"))?;
         let pairs = self.short(py, |m| m.take_block_copies(group))?;
         let rows: Vec<_> = pairs.into_iter().map(|(src, dst)| [src.0, dst.0]).collect();
-        arrays::new_i32_rows(py, &rows)
+        numpy::new_i32_rows(py, &rows)
     }
 
     /// Takes the blocks that came from another tenant, as int32: zero them before the copies and writes of a step. O(n).
     fn take_blocks_to_zero<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let blocks = self.short(py, |m| Ok(m.take_blocks_to_zero()))?;
-        arrays::new_i32(py, ids(blocks))
+        numpy::new_i32(py, ids(blocks))
     }
 
     /// Counts at this moment and totals; `pool` and `cache` (or None) are dicts of their own. O(sequences).
@@ -443,7 +446,7 @@ impl KVCacheManager {
 }
 
 fn sequence(seq: &Bound<'_, PyAny>) -> PyResult<SeqHandle> {
-    arrays::handle(seq, "seq", "sequence").map(SeqHandle)
+    arguments::handle(seq, "seq", "sequence").map(SeqHandle)
 }
 
 fn read_groups(groups: &Bound<'_, PyAny>) -> PyResult<Vec<manager::KVGroup>> {

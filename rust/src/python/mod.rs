@@ -3,10 +3,11 @@
 //! | file | what |
 //! |---|---|
 //! | `errors` | the core's errors as exceptions of `pagedcore.errors` |
-//! | `arrays` | ids and counts in, `NumPy` arrays out |
+//! | `arguments`, `arrays` | single values in; arrays of ids in, without an object per id |
+//! | `numpy` | arrays out, and views |
 //! | `core` | the state behind one lock: a bare pool, a manager, or a scheduler |
 //! | `shared` | the lock; panics, forks, long and short calls |
-//! | `pool`, `prefix`, `manager`, `scheduler` | levels 0 to 3, a class each, with the docstrings |
+//! | `pool`, `prefix`, `manager`, `scheduler`, `plan` | the classes of levels 0 to 3, with their docstrings |
 
 // Docstrings are Python's, `Arg` and the getters' receivers are what PyO3 makes of signatures, and a lifetime says that
 // an object is the interpreter's.
@@ -17,12 +18,16 @@
     clippy::trivially_copy_pass_by_ref
 )]
 
+mod arguments;
 mod arrays;
 mod core;
 mod errors;
 mod manager;
+mod numpy;
+mod plan;
 mod pool;
 mod prefix;
+mod scheduler;
 mod shared;
 
 use pyo3::prelude::*;
@@ -36,5 +41,10 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<prefix::Commit>()?;
     module.add_class::<manager::KVGroup>()?;
     module.add_class::<manager::KVCacheManager>()?;
+    module.add_class::<scheduler::SchedulerConfig>()?;
+    module.add_class::<scheduler::Scheduler>()?;
+    module.add_class::<scheduler::StepResult>()?;
+    module.add_class::<scheduler::Explanation>()?;
+    module.add_class::<plan::StepPlan>()?;
     shared::watch_forks(module)
 }

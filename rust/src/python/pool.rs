@@ -5,11 +5,12 @@ use std::sync::Arc;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use super::arrays::{self, Arg};
+use super::arguments::{self, Arg};
 use super::core::{Blocks, Core};
 use super::errors::{self, Class};
 use super::prefix::ids;
 use super::shared::{Handle, Shared};
+use super::{arrays, numpy};
 use crate::ids::{BlockId, Step};
 use crate::pool::{self, PoolStats};
 
@@ -60,8 +61,8 @@ impl BlockPool {
     #[pyo3(signature = (num_blocks, block_size = Arg(None)), text_signature = "(num_blocks, block_size=16)")]
     fn new(num_blocks: &Bound<'_, PyAny>, block_size: Arg<'_>) -> PyResult<Self> {
         let py = num_blocks.py();
-        let num_blocks = arrays::size(num_blocks, "num_blocks")?;
-        let block_size = block_size.or(16, |b| arrays::size(b, "block_size"))?;
+        let num_blocks = arguments::size(num_blocks, "num_blocks")?;
+        let block_size = block_size.or(16, |b| arguments::size(b, "block_size"))?;
         let pool = pool::BlockPool::new(num_blocks, block_size).map_err(|e| errors::from_core(py, &e))?;
         Ok(Self {
             core: Shared::new(Core::Blocks(Box::new(Blocks::new(pool)))),
@@ -117,14 +118,14 @@ impl BlockPool {
     ///     OutOfBlocksError: fewer than `n` blocks are free or evictable (``needed``, ``free``). Nothing has changed.
     fn allocate<'py>(&self, n: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
         let py = n.py();
-        let n = arrays::size(n, "n")?;
+        let n = arguments::size(n, "n")?;
         let take = |core: &mut Core| {
             let (pool, cache) = core.pool_and_cache();
             let blocks = pool.allocate(n, cache)?;
             Ok(ids(blocks))
         };
         let blocks = self.core.call_sized(py, n, take)?;
-        arrays::new_i32(py, blocks)
+        numpy::new_i32(py, blocks)
     }
 
     /// Adds a reference to each of `blocks`, which must be held by somebody. O(1) per block.
@@ -149,7 +150,7 @@ impl BlockPool {
     #[pyo3(signature = (blocks, after_step = None))]
     fn release(&self, blocks: &Bound<'_, PyAny>, after_step: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
         let py = blocks.py();
-        let after_step = arrays::optional(after_step, |s| arrays::step(s, "after_step"))?;
+        let after_step = arguments::optional(after_step, |s| arguments::step(s, "after_step"))?;
         let blocks = self.ids(blocks)?;
         let release = |core: &mut Core| {
             let (pool, cache) = core.pool_and_cache();
@@ -173,7 +174,7 @@ impl BlockPool {
     ///     StepError: the step has not begun or is complete already, or the pool belongs to a scheduler.
     fn complete_step(&self, step: &Bound<'_, PyAny>) -> PyResult<()> {
         let py = step.py();
-        let step = arrays::step(step, "step")?;
+        let step = arguments::step(step, "step")?;
         self.own_steps(py)?;
         self.core.call_detached(py, |core| {
             let (pool, cache) = core.pool_and_cache();
@@ -187,7 +188,7 @@ impl BlockPool {
     ///     BlockError: the block is out of range.
     fn ref_count(&self, block: &Bound<'_, PyAny>) -> PyResult<u32> {
         let py = block.py();
-        let block = arrays::block_id(block, "block", self.num_blocks)?;
+        let block = arguments::block_id(block, "block", self.num_blocks)?;
         self.core.call(py, |core| core.pool().ref_count(BlockId(block)))
     }
 

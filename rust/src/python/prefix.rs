@@ -4,13 +4,14 @@ use std::sync::Arc;
 
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyDict, PyList, PyString, PyTuple};
+use pyo3::types::{PyBytes, PyDict, PyString, PyTuple};
 
-use super::arrays::{self, Arg, type_name};
+use super::arguments::{self, Arg, items, type_name};
 use super::core::Core;
 use super::errors::{self, Class};
 use super::pool::BlockPool;
 use super::shared::Handle;
+use super::{arrays, numpy};
 use crate::content::{ContentKey, ContentKeys};
 use crate::ids::{BlockId, NamespaceHandle, NodeHandle};
 use crate::namespace::{ExtraKey, NamespaceKey};
@@ -165,7 +166,7 @@ impl PrefixCache {
     fn drop_namespace(&self, ns: &Bound<'_, PyAny>, purge: Arg<'_>) -> PyResult<usize> {
         let py = ns.py();
         let ns = namespace_handle(ns)?;
-        let purge = purge.or(false, |p| arrays::flag(p, "purge"))?;
+        let purge = purge.or(false, |p| arguments::flag(p, "purge"))?;
         self.core.call_sized(py, if purge { usize::MAX } else { 0 }, |core| {
             let (cache, pool) = core.cache()?;
             cache.drop_namespace(pool, ns, purge)
@@ -194,7 +195,7 @@ impl PrefixCache {
     ) -> PyResult<usize> {
         let py = token_ids.py();
         let ns = namespace_handle(ns)?;
-        let max_tokens = arrays::optional(max_tokens, |n| arrays::size(n, "max_tokens"))?;
+        let max_tokens = arguments::optional(max_tokens, |n| arguments::size(n, "max_tokens"))?;
         let content = read_content_keys(&content_keys)?;
         let tokens = arrays::token_ids(token_ids, "token_ids", self.vocab_size)?;
         self.core.call_sized(py, tokens.len(), |core| {
@@ -224,7 +225,7 @@ impl PrefixCache {
     ) -> PyResult<PrefixHit> {
         let py = token_ids.py();
         let ns = namespace_handle(ns)?;
-        let max_tokens = arrays::optional(max_tokens, |n| arrays::size(n, "max_tokens"))?;
+        let max_tokens = arguments::optional(max_tokens, |n| arguments::size(n, "max_tokens"))?;
         let content = read_content_keys(&content_keys)?;
         let tokens = arrays::token_ids(token_ids, "token_ids", self.vocab_size)?;
         let hit = self.core.call_sized(py, tokens.len(), |core| {
@@ -232,7 +233,7 @@ impl PrefixCache {
             cache.acquire(pool, &tokens, ns, max_tokens, &content)
         })?;
         Ok(PrefixHit {
-            blocks: arrays::new_i32(py, ids(hit.blocks))?.unbind(),
+            blocks: numpy::new_i32(py, ids(hit.blocks))?.unbind(),
             num_tokens: hit.num_tokens,
             node: hit.node.map(|node| node.0),
         })
@@ -268,8 +269,8 @@ impl PrefixCache {
     ) -> PyResult<Commit> {
         let py = token_ids.py();
         let ns = namespace_handle(ns)?;
-        let parent = arrays::optional(parent, |p| arrays::handle(p, "parent", "node").map(NodeHandle))?;
-        let after_step = arrays::optional(after_step, |s| arrays::step(s, "after_step"))?;
+        let parent = arguments::optional(parent, |p| arguments::handle(p, "parent", "node").map(NodeHandle))?;
+        let after_step = arguments::optional(after_step, |s| arguments::step(s, "after_step"))?;
         let content = read_content_keys(&content_keys)?;
         let tokens = arrays::token_ids(token_ids, "token_ids", self.vocab_size)?;
         let blocks = arrays::block_ids(blocks, "blocks", self.num_blocks)?;
@@ -279,7 +280,7 @@ impl PrefixCache {
             cache.commit(pool, &tokens, &blocks, ns, parent, after_step, &content)
         })?;
         Ok(Commit {
-            blocks: arrays::new_i32(py, ids(commit.blocks))?.unbind(),
+            blocks: numpy::new_i32(py, ids(commit.blocks))?.unbind(),
             node: commit.node.map(|node| node.0),
         })
     }
@@ -290,7 +291,7 @@ impl PrefixCache {
     ///     how many were evicted: fewer than `n` if the others are held, or read by a step in flight.
     fn evict(&self, n: &Bound<'_, PyAny>) -> PyResult<usize> {
         let py = n.py();
-        let n = arrays::size(n, "n")?;
+        let n = arguments::size(n, "n")?;
         self.core.call_sized(py, n, |core| {
             let (cache, pool) = core.cache()?;
             Ok(cache.evict(pool, n))
@@ -353,14 +354,14 @@ pub fn ids(blocks: Vec<BlockId>) -> Vec<u32> {
 }
 
 fn namespace_handle(ns: &Bound<'_, PyAny>) -> PyResult<NamespaceHandle> {
-    arrays::handle(ns, "ns", "namespace").map(NamespaceHandle)
+    arguments::handle(ns, "ns", "namespace").map(NamespaceHandle)
 }
 
 /// The namespace that `tenant`, `cache_salt` and `extra_keys` name.
 pub fn namespace_key(tenant: &Arg<'_>, cache_salt: &Arg<'_>, extra_keys: &Arg<'_>) -> PyResult<NamespaceKey> {
     let text = |arg: &Arg<'_>, name| {
         arg.or(Box::default(), |value| {
-            arrays::text(value, name).map(String::into_boxed_str)
+            arguments::text(value, name).map(String::into_boxed_str)
         })
     };
     Ok(NamespaceKey {
@@ -378,12 +379,12 @@ pub fn namespace_key(tenant: &Arg<'_>, cache_salt: &Arg<'_>, extra_keys: &Arg<'_
 
 fn extra_key(key: &Bound<'_, PyAny>, argument: &str) -> PyResult<ExtraKey> {
     if key.is_instance_of::<PyString>() {
-        return Ok(ExtraKey::Text(arrays::text(key, argument)?.into_boxed_str()));
+        return Ok(ExtraKey::Text(arguments::text(key, argument)?.into_boxed_str()));
     }
     if let Ok(bytes) = key.cast::<PyBytes>() {
         return Ok(ExtraKey::Bytes(bytes.as_bytes().into()));
     }
-    match arrays::int(key, argument, i64::MIN, i64::MAX) {
+    match arguments::int(key, argument, i64::MIN, i64::MAX) {
         Err(error) if error.is_instance_of::<PyTypeError>(key.py()) => Err(PyTypeError::new_err(format!(
             "{argument} must be str, bytes or int, not {}",
             type_name(key)
@@ -421,7 +422,7 @@ pub fn read_content_keys(keys: &Arg<'_>) -> PyResult<ContentKeys> {
                 .into());
         }
         let position = |at: usize| {
-            arrays::int(
+            arguments::int(
                 &entry.get_item(at)?,
                 &format!("content_keys[{i}][{at}]"),
                 i64::MIN,
@@ -439,18 +440,4 @@ pub fn read_content_keys(keys: &Arg<'_>) -> PyResult<ContentKeys> {
         });
     }
     ContentKeys::new(read).map_err(|error| errors::from_core(keys.py(), &error))
-}
-
-/// The items of a tuple or list. (A str is a sequence too, and is what a caller passes by mistake.)
-pub fn items<'py>(obj: &Bound<'py, PyAny>, argument: &str, of: &str) -> PyResult<Vec<Bound<'py, PyAny>>> {
-    if let Ok(tuple) = obj.cast::<PyTuple>() {
-        return Ok(tuple.iter().collect());
-    }
-    if let Ok(list) = obj.cast::<PyList>() {
-        return Ok(list.iter().collect());
-    }
-    Err(PyTypeError::new_err(format!(
-        "{argument} must be a tuple or list {of}, not {}",
-        type_name(obj)
-    )))
 }
