@@ -26,7 +26,7 @@ impl Plan {
 impl KVCacheManager {
     /// Makes positions [computed, computed + `num_new_tokens` + `num_lookahead_tokens`) of a sequence writable, and
     /// its own: takes blocks for those beyond the table, and replaces a block that is shared or published by a fresh
-    /// one, into which what was computed is to be copied ([`take_block_copies`](Self::take_block_copies)). The last
+    /// one, into which the old one is to be copied ([`take_block_copies`](Self::take_block_copies)). The last
     /// one that shares a block writes in place. Returns the first table entry that changed, or the length of the
     /// table if none did. Idempotent. O(blocks that the positions are in).
     ///
@@ -70,18 +70,16 @@ impl KVCacheManager {
             let Some(new) = replacements.pop() else { break };
             sequence.table[index] = new;
             first_changed = index;
-            let written = index * self.block_size < sequence.computed;
-            match self.copies.source_of(old) {
+            // Even a block without computed tokens is copied: steps in flight may be writing to it.
+            if let Some(src) = self.copies.source_of(old) {
+                self.pool.retain(&[src])?;
+                self.copies.add(src, new);
+                self.scratch.push(old);
+            } else {
                 // The pair takes over the sequence's reference.
-                None if written => self.copies.add(old, new),
-                Some(src) if written => {
-                    self.pool.retain(&[src])?;
-                    self.copies.add(src, new);
-                    self.scratch.push(old);
-                }
-                _ => self.scratch.push(old),
+                self.copies.add(old, new);
             }
-            self.copied += u64::from(written);
+            self.copied += 1;
         }
         sequence.slots = sequence.slots.max(plan.end);
         sequence.change(first_changed);

@@ -188,17 +188,17 @@ fn a_published_block_is_not_written_again() {
 }
 
 #[test]
-fn a_block_without_computed_tokens_is_replaced_without_a_copy() {
+fn a_block_that_a_step_in_flight_writes_is_copied() {
     let mut manager = manager(16);
-    let seq = add(&mut manager, &tokens(0..4));
-    manager.allocate_slots(seq, 4, 4).unwrap();
-    let lookahead = manager.table(seq).unwrap()[1];
-    manager.commit(seq, 4).unwrap();
-    // Somebody else holds the block that was taken ahead.
-    manager.parts_mut().0.retain(&[lookahead]).unwrap();
-    assert_eq!(manager.allocate_slots(seq, 1, 0).unwrap(), 1);
-    assert_eq!(manager.take_block_copies(0).unwrap(), []);
-    assert_eq!(manager.pool().ref_count(lookahead).unwrap(), 1);
+    let seq = add(&mut manager, &tokens(0..8));
+    manager.parts_mut().0.begin_step();
+    manager.allocate_slots(seq, 2, 0).unwrap();
+    // Nothing is computed yet, and somebody else comes to hold the block. What the step writes must not be lost.
+    let written = manager.table(seq).unwrap()[0];
+    manager.parts_mut().0.retain(&[written]).unwrap();
+    assert_eq!(manager.allocate_slots(seq, 3, 0).unwrap(), 0);
+    let fresh = manager.table(seq).unwrap()[0];
+    assert_eq!(manager.take_block_copies(0).unwrap(), [(written, fresh)]);
     manager.check().unwrap();
 }
 

@@ -153,14 +153,21 @@ impl Blocks {
         self.fences[index] = self.fences[index].max(fence);
     }
 
-    /// Compares everything, and checks the real one's own invariants.
-    pub fn compare(&mut self, pool: &BlockPool, cache: Option<&PrefixCache>, block_size: usize) {
+    /// Notes what has become evictable, or is not any more.
+    pub fn refresh(&mut self) {
         self.clock += 1;
         for block in 1..self.refs.len() {
             self.evictable_since[block] = match (self.is_evictable(block), self.evictable_since[block]) {
                 (true, since) => Some(since.unwrap_or(self.clock)),
                 (false, _) => None,
             };
+        }
+    }
+
+    /// Compares everything, and checks the real one's own invariants.
+    pub fn compare(&mut self, pool: &BlockPool, cache: Option<&PrefixCache>, block_size: usize) {
+        self.refresh();
+        for block in 1..self.refs.len() {
             // No block is published without the one before it.
             if let Some((namespace, tokens)) = &self.published[block] {
                 let above = &tokens[..tokens.len() - block_size];
