@@ -242,10 +242,10 @@ impl FreeMap {
         for _ in 0..PROBES {
             let index = self.blocks.next(from)? / WORD;
             let word = self.blocks.word(index);
-            if word != u64::MAX {
-                if let Some(place) = find_run(word, length) {
-                    return Some(index * WORD + place);
-                }
+            if word != u64::MAX
+                && let Some(place) = find_run(word, length)
+            {
+                return Some(index * WORD + place);
             }
             from = (index + 1) * WORD;
         }

@@ -117,6 +117,7 @@ impl KVCacheManager {
     /// [`Error::InvalidArgument`] for sizes that [`BlockPool::new`] refuses, no group, or a vocabulary of 0 or more
     /// than 2³¹; [`Error::Unsupported`] for more than one group, or a window.
     pub fn new(config: &ManagerConfig) -> Result<Self> {
+        const TOKEN_IDS: u64 = 1 << 31; // they travel in int32 arrays
         match config.groups[..] {
             [KVGroup { window: None }] => {}
             [] => return Err(Error::argument("groups", 0, Expected::Exactly(1))),
@@ -137,7 +138,6 @@ impl KVCacheManager {
                 });
             }
         }
-        const TOKEN_IDS: u64 = 1 << 31; // they travel in int32 arrays
         let vocab_size = config.vocab_size.map_or(TOKEN_IDS, u64::from);
         if !(1..=TOKEN_IDS).contains(&vocab_size) {
             return Err(Error::argument(

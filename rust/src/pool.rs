@@ -597,10 +597,10 @@ impl BlockPool {
             self.num_cached -= 1;
             self.num_used += 1;
             self.peak_used = self.peak_used.max(self.num_used);
-            if !self.is_pending(block) {
-                if let Some(node) = self.node_of(block) {
-                    cache.pin(node);
-                }
+            if !self.is_pending(block)
+                && let Some(node) = self.node_of(block)
+            {
+                cache.pin(node);
             }
         }
         self.refs[index] += 1;

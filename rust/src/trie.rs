@@ -173,7 +173,7 @@ impl Trie {
 
     fn chain_of(&self, hash: u32) -> usize {
         // Below the number of heads, without a division.
-        (u64::from(hash) * self.heads.len() as u64 >> 32) as usize
+        ((u64::from(hash) * self.heads.len() as u64) >> 32) as usize
     }
 
     /// The node of a block of tokens. O(block size) on average.
@@ -304,10 +304,10 @@ impl Trie {
         let mut pins = vec![0_u32; self.nodes.len()];
         for id in self.iter() {
             pins[id.index()] += u32::from(pinned(self.block(id)));
-            if self.nodes[id.index()].pins > 0 {
-                if let Some(parent) = self.parent(id) {
-                    pins[parent.index()] += 1;
-                }
+            if self.nodes[id.index()].pins > 0
+                && let Some(parent) = self.parent(id)
+            {
+                pins[parent.index()] += 1;
             }
         }
         let mut count = 0;

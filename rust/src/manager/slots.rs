@@ -246,10 +246,10 @@ impl KVCacheManager {
                 continue;
             }
             replaced += 1;
-            if let Some(src) = self.copies.source_of(block) {
-                if self.pool.ref_count(src)? == u32::MAX {
-                    return Err(self.pool.refuse(src, BlockProblem::TooManyReferences));
-                }
+            if let Some(src) = self.copies.source_of(block)
+                && self.pool.ref_count(src)? == u32::MAX
+            {
+                return Err(self.pool.refuse(src, BlockProblem::TooManyReferences));
             }
         }
         Ok(Plan {

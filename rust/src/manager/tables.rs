@@ -173,7 +173,7 @@ impl KVCacheManager {
         let mut out = out.iter_mut();
         while position < stop {
             let end = stop.min((position / size + 1) * size);
-            // Below 2³¹ · 2¹⁶: see `MAX_BLOCKS` and `MAX_BLOCK_SIZE`.
+            #[allow(clippy::cast_possible_wrap)] // below 2³¹ · 2¹⁶: see `MAX_BLOCKS` and `MAX_BLOCK_SIZE`
             let first = (table[position / size].index() * size + position % size) as i64;
             (first..)
                 .zip(out.by_ref().take(end - position))

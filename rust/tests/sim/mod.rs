@@ -71,9 +71,9 @@ pub fn alone(namespace: u64, prompt: &[u32], index: usize, max_len: usize, stop:
     let mut output: Vec<u32> = Vec::new();
     let mut tokens = prompt.to_vec();
     loop {
-        for position in tags.len()..tokens.len() {
-            let before = position.checked_sub(1).map_or(UNWRITTEN, |p| tags[p]);
-            tags.push(tag(namespace, position, tokens[position], before));
+        for (position, &token) in tokens.iter().enumerate().skip(tags.len()) {
+            let before = tags.last().copied().unwrap_or(UNWRITTEN);
+            tags.push(tag(namespace, position, token, before));
         }
         let token = sample(tags.iter().copied(), index, vocab_size);
         output.push(token);
