@@ -1,0 +1,367 @@
+"""Every argument of every op, wrong in every way: an exception that names it, and nothing written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pagedcore import ops
+from pagedcore.errors import BlockError, InvalidArgumentError, UnsupportedError
+from pagedcore.layout import KVCacheLayout
+
+
+def attention_args() -> dict[str, Any]:
+    """Two sequences of 5 and 8 tokens in blocks of 4; 3 query tokens; 4 heads over 2 KV heads."""
+    return {
+        "query": torch.randn(3, 4, 16),
+        "k_cache": torch.randn(6, 2, 4, 16),
+        "v_cache": torch.randn(6, 2, 4, 16),
+        "block_table": torch.tensor([[3, 1], [2, 5]], dtype=torch.int32),
+        "seq_lens": torch.tensor([5, 8], dtype=torch.int32),
+        "query_start_loc": torch.tensor([0, 1, 3], dtype=torch.int32),
+        "out": torch.full((3, 4, 16), 7.0),
+        "lse": torch.full((3, 4), 7.0),
+    }
+
+
+def cache_args() -> dict[str, Any]:
+    return {
+        "key": torch.randn(3, 2, 16),
+        "value": torch.randn(3, 2, 16),
+        "k_cache": torch.full((6, 2, 4, 16), 7.0),
+        "v_cache": torch.full((6, 2, 4, 16), 7.0),
+        "slot_mapping": torch.tensor([1, 2, 3]),
+    }
+
+
+def call_attention(**changes: Any) -> None:
+    args = {**attention_args(), **changes}
+    untouched = [args[name] for name in ("out", "lse") if isinstance(args[name], torch.Tensor)]
+    before = [t.clone() for t in untouched]
+    try:
+        ops.paged_attention(**args)
+    finally:
+        for a, b in zip(untouched, before, strict=True):
+            assert torch.equal(a, b)
+
+
+def call_cache(**changes: Any) -> None:
+    args = {**cache_args(), **changes}
+    untouched = [args[name] for name in ("k_cache", "v_cache") if isinstance(args[name], torch.Tensor)]
+    before = [t.clone() for t in untouched]
+    try:
+        ops.reshape_and_cache(**args)
+    finally:
+        for a, b in zip(untouched, before, strict=True):
+            assert torch.equal(
+                a,
+                b,
+            )
+
+
+def test_the_arguments_are_good() -> None:
+    ops.paged_attention(**attention_args())
+    ops.reshape_and_cache(**cache_args())
+
+
+ATTENTION_TENSORS = list(attention_args())
+CACHE_TENSORS = list(cache_args())
+CALLS = [(call_attention, attention_args, name) for name in ATTENTION_TENSORS]
+CALLS += [(call_cache, cache_args, name) for name in CACHE_TENSORS]
+Call = Callable[..., None]
+Args = Callable[[], dict[str, Any]]
+
+
+@pytest.mark.parametrize("bad", [3, "x", [1, 2], object(), {}, {"shape": 3}])
+@pytest.mark.parametrize(("call", "args", "name"), CALLS)
+def test_not_a_tensor(call: Call, args: Args, name: str, bad: object) -> None:
+    with pytest.raises(TypeError, match=f"^{name}: expected a tensor.*got {type(bad).__name__}"):
+        call(**{name: bad})
+
+
+@pytest.mark.parametrize(("call", "args", "name"), CALLS)
+def test_none(call: Call, args: Args, name: str) -> None:
+    if name in ("out", "lse"):
+        ops.paged_attention(**{**attention_args(), name: None})
+        return
+    with pytest.raises(TypeError, match=f"^{name}: expected a tensor"):
+        call(**{name: None})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int16, torch.bool, torch.complex64, torch.uint8, torch.int8])
+@pytest.mark.parametrize(("call", "args", "name"), CALLS)
+def test_wrong_dtype(call: Call, args: Args, name: str, dtype: torch.dtype) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"^{name}: expected dtype") as caught:
+        call(**{name: args()[name].to(dtype)})
+    assert caught.value.argument == name
+
+
+@pytest.mark.parametrize(("call", "args", "name"), CALLS)
+def test_float16_among_float32(call: Call, args: Args, name: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=": expected dtype"):
+        call(**{name: args()[name].to(torch.float16)})
+
+
+@pytest.mark.parametrize("name", ["block_table", "seq_lens", "query_start_loc"])
+def test_int64_indices(name: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"^{name}: expected dtype int32, got int64"):
+        call_attention(**{name: attention_args()[name].long()})
+
+
+def test_int32_slots() -> None:
+    with pytest.raises(InvalidArgumentError, match=r"^slot_mapping: expected dtype int64, got int32"):
+        call_cache(slot_mapping=torch.tensor([1, 2, 3], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("change", [lambda t: t[None], lambda t: t[0], lambda t: t[..., None, None, None, None]])
+@pytest.mark.parametrize(("call", "args", "name"), CALLS)
+def test_wrong_rank(call: Call, args: Args, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"^{name}: expected (shape|at most 6 dimensions)"):
+        call(**{name: change(args()[name])})
+
+
+@pytest.mark.parametrize(("call", "args", "name"), CALLS)
+def test_wrong_size_on_every_axis(call: Call, args: Args, name: str) -> None:
+    good = args()[name]
+    for axis in range(good.ndim):
+        if (name, axis) in {("k_cache", 0), ("v_cache", 0), ("block_table", 1)}:
+            continue  # checked by contents, or where K and V disagree below
+        bad = torch.cat([good, good.narrow(axis, 0, 1)], axis)
+        with pytest.raises(InvalidArgumentError, match=r"expected .*(got|as)"):
+            call(**{name: bad})
+
+
+def test_caches_disagree() -> None:
+    k_cache = torch.randn(7, 2, 4, 16)
+    with pytest.raises(InvalidArgumentError, match=r"v_cache: expected num_blocks = 7 on axis 0 \(as k_cache has\)"):
+        call_attention(k_cache=k_cache)
+    with pytest.raises(InvalidArgumentError, match=r"v_cache: expected num_blocks = 7 on axis 0 \(as k_cache has\)"):
+        call_cache(k_cache=k_cache)
+
+
+@pytest.mark.parametrize(("call", "args", "name"), CALLS)
+def test_last_axis_not_contiguous(call: Call, args: Args, name: str) -> None:
+    if name == "lse":
+        return  # one float at a time: any strides
+    good = args()[name]
+    wide = good.repeat_interleave(2, -1)
+    with pytest.raises(InvalidArgumentError, match=f"^{name}: expected a contiguous last axis") as caught:
+        call(**{name: wide[..., ::2]})
+    assert "stride" in caught.value.got
+
+
+@pytest.mark.parametrize(("call", "args", "name"), CALLS)
+def test_other_devices(call: Call, args: Args, name: str) -> None:
+    with pytest.raises((InvalidArgumentError, RuntimeError, TypeError)):
+        call(**{name: args()[name].to("meta")})
+
+
+@pytest.mark.parametrize(("call", "args", "name"), CALLS)
+def test_sparse(call: Call, args: Args, name: str) -> None:
+    with pytest.raises((InvalidArgumentError, RuntimeError, TypeError)):
+        call(**{name: args()[name].to_sparse()})
+
+
+@pytest.mark.parametrize("order", [">", "byte"])
+def test_numpy_byte_order_and_odd_strides(order: str) -> None:
+    args = {name: t.numpy() for name, t in attention_args().items()}
+    if order == ">":
+        args["query"] = args["query"].astype(">f4")
+        with pytest.raises(InvalidArgumentError, match=r"^query: expected dtype .*'>f'"):
+            ops.paged_attention(**args)
+    else:
+        raw = np.zeros(3 * 4 * 65 + 4, np.uint8)
+        args["query"] = np.ndarray((3, 4, 16), np.float32, raw, 0, (4 * 65, 65, 4))
+        with pytest.raises(
+            InvalidArgumentError, match=r"^query: expected strides that are multiples of the element size"
+        ):
+            ops.paged_attention(**args)
+
+
+def test_read_only_outputs() -> None:
+    for name in ("out", "lse"):
+        args = {key: t.numpy() for key, t in attention_args().items()}
+        args[name].flags.writeable = False
+        with pytest.raises(InvalidArgumentError, match=f"^{name}: expected writable memory"):
+            ops.paged_attention(**args)
+    for name in ("k_cache", "v_cache"):
+        args = {key: t.numpy() for key, t in cache_args().items()}
+        args[name].flags.writeable = False
+        with pytest.raises(InvalidArgumentError, match=f"^{name}: expected writable memory"):
+            ops.reshape_and_cache(**args)
+    frozen = np.zeros((4, 8), np.float32)
+    frozen.flags.writeable = False
+    with pytest.raises(InvalidArgumentError, match=r"^kv: expected writable memory"):
+        ops.zero_blocks(frozen, np.array([1], np.int32))
+
+
+def test_outputs_over_inputs() -> None:
+    args = attention_args()
+    with pytest.raises(InvalidArgumentError, match=r"^out: expected memory apart from query"):
+        ops.paged_attention(**{**args, "out": args["query"]})
+    with pytest.raises(InvalidArgumentError, match=r"^out: expected memory apart from k_cache"):
+        ops.paged_attention(**{**args, "out": args["k_cache"].view(-1)[:192].view(3, 4, 16)})
+    with pytest.raises(InvalidArgumentError, match=r"^lse: expected memory apart from out"):
+        ops.paged_attention(**{**args, "lse": args["out"].view(-1)[:12].view(3, 4)})
+    writes = cache_args()
+    with pytest.raises(InvalidArgumentError, match=r"^k_cache: expected memory apart from key"):
+        ops.reshape_and_cache(**{**writes, "key": writes["k_cache"][:3, :, 0]})
+
+
+# Contents of the index tensors
+
+
+def int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("seq_lens", int32(-1, 8), r"seq_lens\[0\]: expected 0 or more, got -1"),
+        (
+            "seq_lens",
+            int32(5, 9),
+            r"seq_lens\[1\]: expected at most 8 tokens, which the 2 columns of.*got 9",
+        ),
+        ("seq_lens", int32(5, 2**31 - 1), r"seq_lens\[1\]: expected at most 8 tokens"),
+        ("query_start_loc", int32(1, 1, 3), r"query_start_loc\[0\]: expected 0, got 1"),
+        ("query_start_loc", int32(0, 2, 1), r"query_start_loc\[2\]: expected at least its predecessor, 2, got 1"),
+        ("query_start_loc", int32(0, -5, 3), r"query_start_loc\[1\]: expected at least its predecessor, 0, got -5"),
+        ("query_start_loc", int32(0, 1, 4), r"query_start_loc\[2\]: expected at most num_tokens, 3, got 4"),
+        ("query_start_loc", int32(0, 1, 2**31 - 1), r"query_start_loc\[2\]: expected at most num_tokens, 3"),
+        ("block_table_rows", int32(0, 2), r"block_table_rows\[1\]: expected a row in \[0, 2\), got 2"),
+        ("block_table_rows", int32(-1, 0), r"block_table_rows\[0\]: expected a row in \[0, 2\), got -1"),
+        ("block_table_rows", int32(0), r"block_table_rows: expected num_seqs = 2"),
+    ],
+)
+def test_bad_indices(name: str, value: torch.Tensor, message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"^" + message):
+        call_attention(**{name: value})
+
+
+@pytest.mark.parametrize("bad", [-1, 6, 2**31 - 1, -(2**31)])
+def test_bad_block_ids(bad: int) -> None:
+    table = torch.tensor([[3, 1], [2, bad]], dtype=torch.int32)
+    with pytest.raises(BlockError, match=rf"ids in \[0, 6\), got block {bad} at index 1 of sequence 1") as caught:
+        call_attention(block_table=table)
+    assert (caught.value.block, caught.value.num_blocks) == (bad, 6)
+    # The same entry, where no key that is seen lies in it.
+    ops.paged_attention(**{**attention_args(), "block_table": table, "seq_lens": int32(5, 4)})
+    shifted = torch.tensor([[bad, 1], [bad, 5]], dtype=torch.int32)
+    ops.paged_attention(**{**attention_args(), "block_table": shifted, "window": 1, "query_start_loc": int32(0, 1, 2)})
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("scale", float("nan"), "scale: expected a finite float32"),
+        ("scale", float("inf"), "scale: expected a finite float32"),
+        ("scale", 1e300, "scale: expected a finite float32"),
+        ("window", 0, "window: expected 1 or more, got 0"),
+        ("window", -(2**63), "window: expected 1 or more"),
+        ("num_threads", 0, "num_threads: expected 1 or more, got 0"),
+        ("num_threads", -3, "num_threads: expected 1 or more, got -3"),
+        ("split_size", -1, "split_size: expected None, 0 or a number of tokens, got -1"),
+        ("max_query_len", -1, "max_query_len: expected 0 or more"),
+        ("max_query_len", 1, "max_query_len: expected at least the query length of sequence 1, 2, got 1"),
+        ("max_seq_len", -1, "max_seq_len: expected 0 or more"),
+        ("max_seq_len", 7, "max_seq_len: expected at least the length of sequence 1, 8, got 7"),
+    ],
+)
+def test_bad_options(name: str, value: object, message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"^" + message):
+        call_attention(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["scale", "window", "num_threads", "split_size", "max_query_len", "max_seq_len"])
+@pytest.mark.parametrize("value", ["x", [1], 2**200])
+def test_options_of_another_type(name: str, value: object) -> None:
+    with pytest.raises((InvalidArgumentError, TypeError)):
+        call_attention(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["window", "split_size", "max_query_len", "max_seq_len", "num_threads"])
+def test_huge_options_are_fine(name: str) -> None:
+    want = ops.paged_attention(**attention_args() | {"query": torch.ones(3, 4, 16)})[0].shape
+    assert ops.paged_attention(**{**attention_args(), name: 2**62})[0].shape == want
+
+
+def test_window_without_causal() -> None:
+    with pytest.raises(UnsupportedError, match=r"^window: expected causal=True with a window, got causal=False"):
+        call_attention(window=3, causal=False)
+
+
+@pytest.mark.parametrize("name", ["alibi_slopes", "sinks", "k_scale", "v_scale", "plan", "workspace"])
+def test_not_built_yet(name: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"^{name}: expected None") as caught:
+        call_attention(**{name: torch.ones(4)})
+    assert caught.value.argument == name
+    with pytest.raises(UnsupportedError, match=r"^softcap: expected 0.0 \(none\), got 30.0"):
+        call_attention(softcap=30.0)
+    for scale in ("k_scale", "v_scale"):
+        with pytest.raises(UnsupportedError, match=f"^{scale}: expected None"):
+            call_cache(**{scale: torch.ones(1)})
+
+
+# Shapes that do not work together
+
+
+def test_heads_that_do_not_divide() -> None:
+    with pytest.raises(InvalidArgumentError, match=r"^query: expected num_heads.* multiple of num_kv_heads = 2, got 3"):
+        call_attention(query=torch.randn(3, 3, 16), out=torch.zeros(3, 3, 16), lse=torch.zeros(3, 3))
+
+
+@pytest.mark.parametrize("dim", [0, 257, 512])
+def test_head_dims_out_of_range(dim: int) -> None:
+    with pytest.raises(InvalidArgumentError, match=rf"^query: expected head_dim in \[1, 256\], got {dim}"):
+        call_attention(query=torch.randn(3, 4, dim), k_cache=torch.randn(6, 2, 4, dim))
+    with pytest.raises(InvalidArgumentError, match=rf"^v_cache: expected v_head_dim in \[1, 256\], got {dim}"):
+        call_attention(v_cache=torch.randn(6, 2, 4, dim), out=torch.zeros(3, 4, dim))
+
+
+@pytest.mark.parametrize("shape", [(6, 0, 4, 16), (6, 2, 0, 16)])
+def test_empty_axes(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"^k_cache: expected (num_kv_heads|block_size) in \[1, "):
+        call_attention(k_cache=torch.zeros(shape), v_cache=torch.zeros(shape))
+
+
+def test_an_empty_pool() -> None:
+    with pytest.raises(BlockError, match=r"expected ids in \[0, 0\)"):
+        call_attention(k_cache=torch.zeros(0, 2, 4, 16), v_cache=torch.zeros(0, 2, 4, 16))
+
+
+# Block ops
+
+
+def test_block_ops() -> None:
+    kv = KVCacheLayout(4, 2, 1, 1, 8, "float32").allocate()
+    good = torch.tensor([[1, 2]], dtype=torch.int32)
+    cases: list[tuple[Callable[[], None], type[Exception], str]] = [
+        (lambda: ops.copy_blocks(3, good), TypeError, "^kv: expected a tensor.*got int"),
+        (lambda: ops.copy_blocks([kv, "x"], good), TypeError, "^kv: expected a tensor.*got str"),
+        (lambda: ops.copy_blocks(torch.zeros(4), good), InvalidArgumentError, r"^kv: expected \[num_blocks, ...\]"),
+        (lambda: ops.copy_blocks(kv, [[1, 2]]), TypeError, "^pairs: expected a tensor.*got list"),
+        (lambda: ops.copy_blocks(kv, good.long()), InvalidArgumentError, "^pairs: expected dtype int32, got int64"),
+        (lambda: ops.copy_blocks(kv, good[0]), InvalidArgumentError, "^pairs: expected shape"),
+        (lambda: ops.copy_blocks(kv, torch.zeros(1, 3, dtype=torch.int32)), InvalidArgumentError, "^pairs: expected"),
+        (lambda: ops.copy_blocks(kv, good.repeat(2, 2)[:, :2]), InvalidArgumentError, "^pairs: expected contiguous"),
+        (lambda: ops.copy_blocks(kv, good, num_threads=0), InvalidArgumentError, "^num_threads: expected 1 or more"),
+        (lambda: ops.zero_blocks(kv, good), InvalidArgumentError, "^blocks: expected shape"),
+        (lambda: ops.zero_blocks(kv, good[0].float()), InvalidArgumentError, "^blocks: expected dtype int32"),
+        (lambda: ops.zero_blocks(None, good[0]), TypeError, "^kv: expected a tensor"),
+        (
+            lambda: ops.zero_blocks(kv, good.repeat(1, 2)[0, ::2]),
+            InvalidArgumentError,
+            "^blocks: expected a contiguous",
+        ),
+    ]
+    for call, error, message in cases:
+        with pytest.raises(error, match=message):
+            call()
