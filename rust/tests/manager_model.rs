@@ -220,11 +220,11 @@ impl World {
     /// One reference less, after the newest step; a copy into a block that nobody holds is not made.
     fn release(&mut self, block: BlockId) {
         self.model.release(block, self.model.begun);
-        if self.model.refs[block.index()] == 0 {
-            if let Some(pair) = self.copies.iter().copied().find(|(_, dst)| *dst == block) {
-                self.copies.remove(&pair);
-                self.release(pair.0);
-            }
+        if self.model.refs[block.index()] == 0
+            && let Some(pair) = self.copies.iter().copied().find(|(_, dst)| *dst == block)
+        {
+            self.copies.remove(&pair);
+            self.release(pair.0);
         }
     }
 
