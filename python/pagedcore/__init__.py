@@ -7,6 +7,9 @@ NumPy nor torch.
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from pagedcore import errors
 from pagedcore._core import (
     BlockPool,
@@ -24,10 +27,15 @@ from pagedcore._core import (
 )
 from pagedcore.errors import PagedCoreError
 
+if TYPE_CHECKING:
+    from pagedcore import layout, ops
+    from pagedcore.layout import KVCacheLayout
+
 __all__ = [
     "BlockPool",
     "Commit",
     "Explanation",
+    "KVCacheLayout",
     "KVCacheManager",
     "KVGroup",
     "PagedCoreError",
@@ -39,4 +47,29 @@ __all__ = [
     "StepResult",
     "__version__",
     "errors",
+    "layout",
+    "ops",
 ]
+
+# Where the names of levels 4 and 5 come from; a module stands for itself.
+_LAZY = {
+    "KVCacheLayout": "pagedcore.layout",
+    "layout": "pagedcore.layout",
+    "ops": "pagedcore.ops",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a name of level 4 or 5 when it is first asked for."""
+    try:
+        module_name = _LAZY[name]
+    except KeyError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+    module = importlib.import_module(module_name)
+    value = module if module_name.endswith(f".{name}") else getattr(module, name)
+    globals()[name] = value  # from now on found without this function
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

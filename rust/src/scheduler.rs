@@ -217,6 +217,13 @@ impl Scheduler {
         &mut self.manager
     }
 
+    /// Is this the sequence of a request? O(requests).
+    #[must_use]
+    pub fn owns(&self, seq: SeqHandle) -> bool {
+        let mut requests = self.requests.iter();
+        requests.any(|(_, request)| request.children.iter().any(|child| child.seq == Some(seq)))
+    }
+
     /// The step in flight.
     #[must_use]
     pub const fn step_in_flight(&self) -> Option<Step> {

@@ -31,16 +31,25 @@ impl<'py> Arg<'py> {
 pub fn int(obj: &Bound<'_, PyAny>, argument: &str, min: i64, max: i64) -> PyResult<i64> {
     match strict_i64(obj, argument)? {
         Some(value) if (min..=max).contains(&value) => Ok(value),
-        value => {
-            let (expected, limit) = if value.is_some_and(|v| v < min) || (value.is_none() && obj.lt(0)?) {
-                ("at least", min)
-            } else {
-                ("at most", max)
-            };
-            let message = format!("{argument} is {}, expected {expected} {limit}", errors::shown(obj));
-            Err(errors::invalid(obj, argument, &message).with("expected", limit).into())
-        }
+        Some(value) if value < min => Err(out_of_range(obj, argument, format!("at least {min}"), min)),
+        Some(_) => Err(out_of_range(obj, argument, format!("at most {max}"), max)),
+        None => Err(out_of_range(
+            obj,
+            argument,
+            format!("{min} to {max}"),
+            format!("{min} to {max}"),
+        )),
     }
+}
+
+fn out_of_range<'py>(
+    obj: &Bound<'py, PyAny>,
+    argument: &str,
+    expected: String,
+    limit: impl IntoPyObject<'py>,
+) -> PyErr {
+    let message = format!("{argument} is {}, expected {expected}", errors::shown(obj));
+    errors::invalid(obj, argument, &message).with("expected", limit).into()
 }
 
 /// A size or count. The core says what its upper limit is.

@@ -117,8 +117,8 @@ pub fn flags(obj: &Bound<'_, PyAny>, argument: &str) -> PyResult<Vec<bool>> {
     Ok(bytes.into_iter().map(|byte| byte != 0).collect())
 }
 
-/// A plan's buffer as words of eight bytes, the last one filled up with zeros.
-pub fn words(obj: &Bound<'_, PyAny>, argument: &str) -> PyResult<Vec<u64>> {
+/// A plan's buffer as words of eight bytes, the last one filled up with zeros, and how many bytes it has.
+pub fn words(obj: &Bound<'_, PyAny>, argument: &str) -> PyResult<(Vec<u64>, usize)> {
     let py = obj.py();
     let array = if numpy::is_torch(obj) {
         obj.call_method0("numpy")?
@@ -152,7 +152,7 @@ pub fn words(obj: &Bound<'_, PyAny>, argument: &str) -> PyResult<Vec<u64>> {
     let mut words = reserved(len.div_ceil(8))?;
     words.resize(len.div_ceil(8), 0_u64);
     buffer.copy_to_slice(py, &mut bytemuck::cast_slice_mut(&mut words)[..len])?;
-    Ok(words)
+    Ok((words, len))
 }
 
 /// Makes the error for an integer that is out of range, from the integer and its position.

@@ -1,6 +1,7 @@
 //! What a lock guards: the highest level that was made, and the levels below as its parts.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Expected, Result};
+use crate::ids::SeqHandle;
 use crate::manager::KVCacheManager;
 use crate::pool::{BlockPool, NoCache, Reclaim};
 use crate::prefix::PrefixCache;
@@ -82,6 +83,41 @@ impl Core {
             Self::Scheduler(scheduler) => Ok(scheduler.manager_mut()),
             Self::Blocks(_) => Err(missing("the number of managers")),
         }
+    }
+
+    /// The manager, to change a sequence of the caller's: a scheduler's own are out of bounds. O(1), under a scheduler
+    /// O(requests).
+    ///
+    /// # Errors
+    /// `Unsupported` for a sequence of a request; otherwise as `manager`.
+    pub fn manager_of(&mut self, seq: SeqHandle) -> Result<&mut KVCacheManager> {
+        match self {
+            Self::Scheduler(scheduler) if scheduler.owns(seq) => {
+                let expected = Expected::That("a sequence that is not a request's");
+                Err(Error::Unsupported {
+                    argument: "seq",
+                    got: seq.0.into(),
+                    expected,
+                })
+            }
+            _ => self.manager(),
+        }
+    }
+
+    /// The manager, to take what is to be done before the next step: a scheduler puts that into its plans.
+    ///
+    /// # Errors
+    /// `Unsupported` under a scheduler; otherwise as `manager`.
+    pub fn manager_of_steps(&mut self) -> Result<&mut KVCacheManager> {
+        if matches!(self, Self::Scheduler(_)) {
+            let expected = Expected::That("the arrays of the scheduler's plans");
+            return Err(Error::Unsupported {
+                argument: "group",
+                got: 0,
+                expected,
+            });
+        }
+        self.manager()
     }
 
     /// The requests.

@@ -91,6 +91,17 @@ impl KVCacheManager {
         self.core.call_sized(py, size, |core| f(core.manager()?))
     }
 
+    /// A call that changes a sequence.
+    fn own<R: Send>(
+        &self,
+        py: Python<'_>,
+        seq: SeqHandle,
+        size: usize,
+        f: impl FnOnce(&mut manager::KVCacheManager) -> crate::error::Result<R> + Send,
+    ) -> PyResult<R> {
+        self.core.call_sized(py, size, |core| f(core.manager_of(seq)?))
+    }
+
     fn short<R: Send>(
         &self,
         py: Python<'_>,
@@ -223,7 +234,7 @@ impl KVCacheManager {
     fn append(&self, seq: &Bound<'_, PyAny>, token_ids: &Bound<'_, PyAny>) -> PyResult<()> {
         let handle = sequence(seq)?;
         let tokens = arrays::token_ids(token_ids, "token_ids", self.vocab_size)?;
-        self.long(seq.py(), tokens.len(), |m| m.append(handle, &tokens))
+        self.own(seq.py(), handle, tokens.len(), |m| m.append(handle, &tokens))
     }
 
     /// Makes the positions from `num_computed_tokens` on writable, and the sequence's own. Idempotent, all or nothing.
@@ -254,7 +265,7 @@ impl KVCacheManager {
         let new = arguments::size(num_new_tokens, "num_new_tokens")?;
         let lookahead = num_lookahead_tokens.or(0, |n| arguments::size(n, "num_lookahead_tokens"))?;
         let blocks = new.saturating_add(lookahead) / self.block_size;
-        self.long(seq.py(), blocks, |m| m.allocate_slots(handle, new, lookahead))
+        self.own(seq.py(), handle, blocks, |m| m.allocate_slots(handle, new, lookahead))
     }
 
     /// The positions below `num_computed_tokens` are computed, by a step that is complete: full blocks become findable.
@@ -269,7 +280,7 @@ impl KVCacheManager {
     fn commit(&self, seq: &Bound<'_, PyAny>, num_computed_tokens: &Bound<'_, PyAny>) -> PyResult<usize> {
         let handle = sequence(seq)?;
         let computed = arguments::size(num_computed_tokens, "num_computed_tokens")?;
-        self.short(seq.py(), |m| m.commit(handle, computed))
+        self.own(seq.py(), handle, 0, |m| m.commit(handle, computed))
     }
 
     /// Keeps the first `num_tokens` tokens; blocks beyond them are released after `after_step`. O(blocks dropped).
@@ -286,7 +297,7 @@ impl KVCacheManager {
         let handle = sequence(seq)?;
         let num_tokens = arguments::size(num_tokens, "num_tokens")?;
         let after_step = arguments::optional(after_step, |s| arguments::step(s, "after_step"))?;
-        self.short(seq.py(), |m| m.truncate(handle, num_tokens, after_step))
+        self.own(seq.py(), handle, 0, |m| m.truncate(handle, num_tokens, after_step))
     }
 
     /// Makes `n` copies that share the blocks that hold computed tokens, until one of them writes. O(n * blocks).
@@ -298,7 +309,7 @@ impl KVCacheManager {
         let handle = sequence(seq)?;
         let n = n.or(1, |n| arguments::size(n, "n"))?;
         // A sequence of 32k tokens has 2,048 blocks: one copy of it is still short.
-        let forks = self.long(seq.py(), n.saturating_mul(64), |m| m.fork(handle, n))?;
+        let forks = self.own(seq.py(), handle, n.saturating_mul(64), |m| m.fork(handle, n))?;
         Ok(forks.into_iter().map(|fork| fork.0).collect())
     }
 
@@ -307,7 +318,7 @@ impl KVCacheManager {
     fn preempt(&self, seq: &Bound<'_, PyAny>, after_step: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
         let handle = sequence(seq)?;
         let after_step = arguments::optional(after_step, |s| arguments::step(s, "after_step"))?;
-        self.short(seq.py(), |m| m.preempt(handle, after_step))
+        self.own(seq.py(), handle, 0, |m| m.preempt(handle, after_step))
     }
 
     /// Ends a preemption: takes the longest cached prefix again, at most all but the last token. O(tokens found).
@@ -316,7 +327,8 @@ impl KVCacheManager {
     ///     how many tokens that is.
     fn resume(&self, seq: &Bound<'_, PyAny>) -> PyResult<usize> {
         let handle = sequence(seq)?;
-        self.core.call_detached(seq.py(), |core| core.manager()?.resume(handle))
+        self.core
+            .call_detached(seq.py(), |core| core.manager_of(handle)?.resume(handle))
     }
 
     /// Ends a sequence: its blocks are released after `after_step` (None: the newest step begun). O(blocks).
@@ -324,7 +336,7 @@ impl KVCacheManager {
     fn free(&self, seq: &Bound<'_, PyAny>, after_step: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
         let handle = sequence(seq)?;
         let after_step = arguments::optional(after_step, |s| arguments::step(s, "after_step"))?;
-        self.short(seq.py(), |m| m.free(handle, after_step))
+        self.own(seq.py(), handle, 0, |m| m.free(handle, after_step))
     }
 
     /// A sequence's blocks in order, as int32. O(blocks).
@@ -399,14 +411,18 @@ impl KVCacheManager {
     #[pyo3(signature = (group = Arg(None)), text_signature = "($self, group=0)")]
     fn take_block_copies<'py>(&self, py: Python<'py>, group: Arg<'py>) -> PyResult<Bound<'py, PyAny>> {
         let group = group.or(0, |g| arguments::size(g, "group"))?;
-        let pairs = self.short(py, |m| m.take_block_copies(group))?;
+        let pairs = self
+            .core
+            .call(py, |core| core.manager_of_steps()?.take_block_copies(group))?;
         let rows: Vec<_> = pairs.into_iter().map(|(src, dst)| [src.0, dst.0]).collect();
         numpy::new_i32_rows(py, &rows)
     }
 
     /// Takes the blocks that came from another tenant, as int32: zero them before the copies and writes of a step. O(n).
     fn take_blocks_to_zero<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        let blocks = self.short(py, |m| Ok(m.take_blocks_to_zero()))?;
+        let blocks = self
+            .core
+            .call(py, |core| Ok(core.manager_of_steps()?.take_blocks_to_zero()))?;
         numpy::new_i32(py, ids(blocks))
     }
 

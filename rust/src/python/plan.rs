@@ -205,8 +205,11 @@ impl StepPlan {
     #[staticmethod]
     fn from_buffer(buf: &Bound<'_, PyAny>) -> PyResult<Self> {
         let py = buf.py();
-        let words = arrays::words(buf, "buf")?;
-        let read = py.detach(|| plan::StepPlan::from_buffer(bytemuck::cast_slice(&words)).map(|p| Summary::of(&p)));
+        let (words, len) = arrays::words(buf, "buf")?;
+        let read = py.detach(|| {
+            let bytes: &[u8] = bytemuck::cast_slice(&words);
+            plan::StepPlan::from_buffer(&bytes[..len]).map(|plan| Summary::of(&plan))
+        });
         let summary = read.map_err(|error| errors::from_core(py, &error))?;
         let memory = numpy::aligned_bytes(py, &words)?;
         Ok(Self {
