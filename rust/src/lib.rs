@@ -9,6 +9,8 @@ mod bitmap;
 mod content;
 mod copies;
 mod error;
+#[cfg(any(test, feature = "python"))]
+mod guarded;
 mod ids;
 mod lru;
 mod manager;
