@@ -43,13 +43,13 @@ pub use update::{Finished, StepResult};
 pub use write::{PlannedStep, Started};
 
 use crate::error::{Error, Expected, Result};
-use crate::ids::{SeqHandle, Step};
+use crate::ids::Step;
 use crate::manager::KVCacheManager;
 use crate::plan::{PlanBuffer, PlanLimits};
 use crate::policy::Rank;
 use crate::pool::Reclaim;
 use requests::Requests;
-use rows::{Row, Rows};
+use rows::Rows;
 use update::InFlight;
 
 /// Continuous batching over a [`KVCacheManager`]; see the [module](self).
@@ -66,7 +66,7 @@ pub struct Scheduler {
     /// The head of the line and why it was not admitted in the last step.
     blocked: Option<(u32, Reason)>,
     buffer: PlanBuffer,
-    /// What each line of the buffer's block table holds: the assignment it belongs to, and how many entries.
+    /// What each line of the buffer's block table holds: whose table, and how many entries.
     lines: Vec<write::Line>,
     /// The step that was scheduled and not yet updated or cancelled, with lists that keep their capacity.
     in_flight: InFlight,
@@ -242,11 +242,6 @@ impl Scheduler {
     fn available_blocks(&self) -> u64 {
         let evictable = self.manager.cache().map_or(0, Reclaim::evictable);
         (self.manager.pool().num_free() + evictable) as u64
-    }
-
-    /// The sequence of a row that takes part in steps.
-    fn seq_of(row: &Row) -> SeqHandle {
-        row.seq.expect("rows in the order have a sequence")
     }
 
     /// Refuses to go on after a corruption.

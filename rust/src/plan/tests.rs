@@ -152,7 +152,8 @@ fn a_changed_word_is_refused_or_harmless() {
                     for i in 0..plan.num_seqs() {
                         assert!(plan.block_table().row(i).iter().all(|&b| b >= 0));
                     }
-                    assert!(plan.logits_indices().iter().all(|&i| (i as usize) < plan.num_tokens()));
+                    let tokens = i32::try_from(plan.num_tokens()).unwrap();
+                    assert!(plan.logits_indices().iter().all(|index| (0..tokens).contains(index)));
                     assert_eq!(plan.query_start_loc().len(), plan.num_seqs() + 1);
                 }
             }

@@ -1,7 +1,7 @@
 //! The invariants of reliability.md that concern a scheduler, checked.
 
 use super::Scheduler;
-use super::rows::Row;
+use super::rows::{RECENT, Row};
 use crate::error::{Error, Result};
 use crate::policy;
 use crate::request::Request;
@@ -31,7 +31,7 @@ impl Scheduler {
                 .children
                 .iter()
                 .filter_map(|c| c.row)
-                .filter(|&row| self.rows.get(row).seq.is_some());
+                .filter(|&row| self.rows.is_seated(row));
             seated += seats.count();
         }
         let running = self.requests.iter().filter(|(_, request)| request.running).count();
@@ -114,7 +114,7 @@ impl Scheduler {
                     0,
                 )?;
             }
-            let seated = child.row.is_some_and(|row| self.rows.get(row).seq.is_some());
+            let seated = child.row.is_some_and(|row| self.rows.is_seated(row));
             // A group runs as its lead, or all of it does.
             let expected = request.running && child.is_live() && (!request.leading || index == request.lead());
             ensure(
@@ -136,16 +136,20 @@ impl Scheduler {
     /// What a row knows agrees with its sequence, and with what the plan's table holds.
     fn check_row(&self, id: u32, row: &Row) -> Result<()> {
         let at = id as usize;
-        let seq = Self::seq_of(row);
+        let seq = self.rows.seq(id);
+        let owner = self.rows.owner(id);
         let table = self.manager.table(seq)?;
         let tokens = self.manager.num_tokens(seq)?;
+        let known = owner.known as usize;
+        ensure(tokens == known, "C2", "tokens that were told", at, tokens, known)?;
+        let recent = (row.num_tokens as usize).checked_sub(known).filter(|&n| n < RECENT);
         ensure(
-            tokens == row.num_tokens as usize,
+            recent.is_some(),
             "C2",
             "tokens of a row",
             at,
             row.num_tokens as usize,
-            tokens,
+            known,
         )?;
         ensure(
             row.computed < row.num_tokens,
@@ -165,12 +169,12 @@ impl Scheduler {
         )?;
         let told = self.manager.num_computed_tokens(seq)?;
         ensure(
-            told == row.told as usize && told <= row.computed as usize,
+            told == owner.told as usize && told <= row.computed as usize,
             "P2",
             "computed tokens that were told",
             at,
             told,
-            row.told as usize,
+            owner.told as usize,
         )?;
         ensure(
             row.computed <= row.slots,
@@ -189,7 +193,12 @@ impl Scheduler {
             row.slots as usize,
             held,
         )?;
-        let last = self.manager.token(seq, tokens - 1)?;
+        let newest = row.num_tokens as usize - 1;
+        let last = if newest < known {
+            self.manager.token(seq, newest)?
+        } else {
+            self.rows.recent(id)[newest % RECENT]
+        };
         ensure(
             row.last_token == last,
             "C2",
@@ -199,7 +208,15 @@ impl Scheduler {
             last,
         )?;
         let line = self.lines.get(row.written_line as usize);
-        if let Some(line) = line.filter(|line| line.uid == row.uid && row.changed == u32::MAX) {
+        ensure(
+            line.is_none_or(|line| line.row == id),
+            "C1",
+            "the row of a line",
+            at,
+            0,
+            1,
+        )?;
+        if let Some(line) = line.filter(|_| row.changed == u32::MAX) {
             let written = self.buffer.table_line(row.written_line as usize);
             ensure(
                 line.entries == table.len(),

@@ -57,8 +57,8 @@ impl Scheduler {
             let Some(row) = self.rows.live(entry.row, entry.uid) else {
                 continue;
             };
-            let seq = Self::seq_of(row);
             let index = row.computed as usize / self.config.block_size;
+            let seq = self.rows.seq(entry.row);
             let dst = self.manager.table(seq).ok().and_then(|table| table.get(index));
             let copies = self.in_flight.copies.iter_mut();
             for copy in copies.filter(|copy| Some(&copy.dst) == dst) {

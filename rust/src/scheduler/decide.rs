@@ -6,7 +6,6 @@
 use super::rows::Stall;
 use super::{Draft, Reason, Scheduler};
 use crate::error::{Error, Result};
-use crate::ids::SeqHandle;
 use crate::policy;
 
 impl Scheduler {
@@ -101,8 +100,8 @@ impl Scheduler {
         let mut chunk = chunk;
         loop {
             let row = self.rows.get(id);
-            let (computed, seq) = (row.computed as usize, Self::seq_of(row));
-            match self.reserve_slots(id, seq, computed, chunk) {
+            let computed = row.computed as usize;
+            match self.reserve_slots(id, computed, chunk) {
                 Ok(()) => return Ok(chunk),
                 Err(Error::OutOfBlocks { needed, free }) => {
                     // A fence passes without anybody's help: what it holds back is not taken from a second victim.
@@ -116,10 +115,8 @@ impl Scheduler {
                     let fits = (held + usize::try_from(free).unwrap_or(usize::MAX)).saturating_mul(block_size);
                     let smaller = fits.saturating_sub(computed);
                     if smaller == 0 || smaller >= chunk {
-                        self.rows.get_mut(id).stall = Stall::Blocks {
-                            needed,
-                            available: free,
-                        };
+                        self.rows.get_mut(id).stall = Stall::Blocks;
+                        self.rows.owner_mut(id).short = (needed, free);
                         return Ok(0);
                     }
                     chunk = smaller;
@@ -131,12 +128,13 @@ impl Scheduler {
 
     /// Asks the manager for slots to the end of the block in which the next `chunk` tokens end, so that it need not be
     /// asked again for each token of that block.
-    fn reserve_slots(&mut self, id: u32, seq: SeqHandle, computed: usize, chunk: usize) -> Result<()> {
+    fn reserve_slots(&mut self, id: u32, computed: usize, chunk: usize) -> Result<()> {
         let block_size = self.config.block_size;
-        let row = self.rows.get_mut(id);
+        let (seq, told) = (self.rows.seq(id), self.rows.owner(id).told as usize);
         let slots = (computed + chunk).next_multiple_of(block_size);
-        let changed = self.manager.allocate_slots(seq, slots - row.told as usize, 0)?;
+        let changed = self.manager.allocate_slots(seq, slots - told, 0)?;
         let table_len = self.manager.table(seq)?.len();
+        let row = self.rows.get_mut(id);
         row.table_changed(changed, table_len);
         row.slots = u32::try_from(table_len * block_size).unwrap_or(u32::MAX);
         Ok(())

@@ -107,18 +107,18 @@ impl Scheduler {
                 .children
                 .iter()
                 .filter_map(|c| c.row)
-                .map(|row| self.rows.get(row).stall);
-            let first = stalls.next().unwrap_or_default();
-            let stall = if stalls.any(|stall| stall == Stall::None) {
-                Stall::None
-            } else {
-                first
-            };
+                .map(|row| (self.rows.get(row).stall, self.rows.owner(row).short));
+            let (stall, short) = stalls.next().unwrap_or_default();
+            let others_served = stalls.any(|(stall, _)| stall == Stall::None);
             let reason = match stall {
                 Stall::None => None,
+                _ if others_served => None,
                 Stall::TokenBudget => Some(Reason::TokenBudget),
                 Stall::TableUpdates => Some(Reason::TableUpdates),
-                Stall::Blocks { needed, available } => Some(Reason::Blocks { needed, available }),
+                Stall::Blocks => Some(Reason::Blocks {
+                    needed: short.0,
+                    available: short.1,
+                }),
             };
             return Ok(Explanation {
                 phase: Phase::Running,

@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use super::Scheduler;
-use super::rows::{Row, RowOwner};
+use super::rows::{RECENT, Row, RowOwner, Rows};
 use super::update::Finished;
 use crate::error::{Error, Expected, Result};
+use crate::manager::KVCacheManager;
 use crate::policy::{self, Rank};
 use crate::request::{Child, EndReason, Request, RequestParams};
 
@@ -178,9 +179,10 @@ impl Scheduler {
                 self.rows.reserved -= 1;
                 continue;
             };
-            if let Some(seq) = self.rows.get(row).seq {
+            if self.rows.is_seated(row) {
                 child.num_tokens = self.rows.get(row).num_tokens;
-                self.manager.preempt(seq, None)?;
+                tell_tokens(&mut self.manager, &mut self.rows, row)?;
+                self.manager.preempt(self.rows.seq(row), None)?;
             }
             self.rows.release(row);
         }
@@ -198,8 +200,12 @@ impl Scheduler {
             request,
             index: u32::try_from(index).expect("n is int32"),
             request_id: Arc::clone(&r.id),
+            seq: None,
+            known: 0,
+            told: 0,
+            short: (0, 0),
         };
-        let row = self.rows.assign(owner, r.limit, !r.stop.is_empty());
+        let row = self.rows.assign(owner, r.limit, &r.stop);
         r.children[index].row = Some(row);
         row
     }
@@ -213,14 +219,17 @@ impl Scheduler {
         let last_token = self.manager.token(seq, num_tokens as usize - 1)?;
         let block_size = self.config.block_size;
         let r: &mut Row = self.rows.get_mut(row);
-        r.seq = Some(seq);
         r.num_tokens = num_tokens;
         r.last_token = last_token;
         r.computed = u32::try_from(computed).expect("lengths are int32");
         // A block that is partly written may be shared: the first write asks for it.
         r.slots = r.computed;
-        r.told = r.computed;
+        let told = r.computed;
         r.commit_at = u32::try_from((computed / block_size + 1) * block_size).unwrap_or(u32::MAX);
+        let owner = self.rows.owner_mut(row);
+        owner.seq = Some(seq);
+        owner.known = num_tokens;
+        owner.told = told;
         self.rows.enter(row);
         Ok(())
     }
@@ -276,4 +285,16 @@ impl Scheduler {
         }
         Ok(())
     }
+}
+
+/// Gives the manager the tokens of a row that it does not know.
+pub(super) fn tell_tokens(manager: &mut KVCacheManager, rows: &mut Rows, row: u32) -> Result<()> {
+    let (known, num_tokens) = (rows.owner(row).known as usize, rows.get(row).num_tokens as usize);
+    if known < num_tokens {
+        // All in one group of positions: a full group is given at once.
+        let start = known % RECENT;
+        manager.append(rows.seq(row), &rows.recent(row)[start..start + num_tokens - known])?;
+        rows.owner_mut(row).known = rows.get(row).num_tokens;
+    }
+    Ok(())
 }

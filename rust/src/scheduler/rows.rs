@@ -10,13 +10,12 @@ use std::sync::Arc;
 use crate::ids::SeqHandle;
 use crate::policy::Rank;
 
-/// What the step loop touches for each sequence: one cache line and a bit.
+/// What the step loop touches of each sequence: one cache line.
 #[derive(Clone, Debug)]
+#[repr(align(64))]
 pub(crate) struct Row {
     /// Number of this assignment of the row, never used twice; 0 while the row is free.
     pub uid: u64,
-    /// The sequence; `None` for a sibling that is to fork when its prompt is computed.
-    pub seq: Option<SeqHandle>,
     /// Slot of position p of the block being filled is `slot_base + p`. Valid while `computed < slots`.
     pub slot_base: i64,
     /// Tokens known.
@@ -25,9 +24,7 @@ pub(crate) struct Row {
     pub computed: u32,
     /// Positions below have a slot of their own.
     pub slots: u32,
-    /// Computed tokens that the manager knows of. It is told when a block is full.
-    pub told: u32,
-    /// When it is told next: the end of the block that `told` lies in.
+    /// The manager is told of computed tokens when they reach this: the next end of a block.
     pub commit_at: u32,
     /// The sequence ends with "length" when it has this many tokens.
     pub limit: u32,
@@ -39,20 +36,26 @@ pub(crate) struct Row {
     pub changed: u32,
     /// Place in `lines`.
     pub line: u32,
-    /// Line of the last plan it stood in: what that line holds of its table is still right.
+    /// The line of the plan's table that has its blocks, but for what `changed` says; `u32::MAX` if none has.
     pub written_line: u32,
-    /// Whether the request has stop tokens.
-    pub has_stop: bool,
+    /// The token that ends it, or `NO_TOKEN`.
+    pub stop: u32,
+    /// What kept it out of the last step that was planned.
+    pub stall: Stall,
+    /// Whether its request has more stop tokens than that.
+    pub more_stops: bool,
     /// Whether this is the first sequence of a group that waits for its prompt (`Request::leading`).
     pub leads: bool,
     /// Whether a plan has told that the row was assigned.
     pub announced: bool,
-    /// What kept it out of the last step that was planned.
-    pub stall: Stall,
 }
+
+/// Not a token: ids are below 2³¹.
+pub(crate) const NO_TOKEN: u32 = u32::MAX;
 
 /// Why a running sequence was left out of a step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(u8)]
 pub(crate) enum Stall {
     /// It was not.
     #[default]
@@ -61,24 +64,37 @@ pub(crate) enum Stall {
     TokenBudget,
     /// The plan had no room for its block table changes.
     TableUpdates,
-    /// Too few blocks, and nobody behind it to preempt.
-    Blocks { needed: u64, available: u64 },
+    /// Too few blocks, and nobody behind it to preempt; `RowOwner::short` says how few.
+    Blocks,
 }
 
-/// What is only needed at the begin and the end of a row's assignment.
+/// What is needed of a row at the ends of blocks, and of its assignment.
 #[derive(Clone, Debug)]
 pub(crate) struct RowOwner {
     pub rank: Rank,
     pub request: u32,
     pub index: u32,
     pub request_id: Arc<str>,
+    /// The sequence; `None` for a sibling that is to fork when its prompt is computed.
+    pub seq: Option<SeqHandle>,
+    /// Tokens that the manager knows; the rest is in `Rows::recent`.
+    pub known: u32,
+    /// Computed tokens that the manager knows of.
+    pub told: u32,
+    /// Blocks needed and available when it last stalled for blocks.
+    pub short: (u64, u64),
 }
+
+/// Tokens of a row that the manager is not given one by one: a group of this many positions at a time.
+pub(crate) const RECENT: usize = 16;
 
 /// All rows.
 #[derive(Debug)]
 pub(crate) struct Rows {
     hot: Vec<Row>,
     owners: Vec<Option<RowOwner>>,
+    /// The newest tokens of each row: that of position p at p modulo `RECENT`.
+    recent: Vec<[u32; RECENT]>,
     /// A bit for each free row.
     free: Vec<u64>,
     num_free: usize,
@@ -94,12 +110,10 @@ pub(crate) struct Rows {
 impl Row {
     const FREE: Self = Self {
         uid: 0,
-        seq: None,
         slot_base: 0,
         num_tokens: 0,
         computed: 0,
         slots: 0,
-        told: 0,
         commit_at: 0,
         limit: 0,
         last_token: 0,
@@ -107,10 +121,11 @@ impl Row {
         changed: 0,
         line: u32::MAX,
         written_line: u32::MAX,
-        has_stop: false,
+        stop: NO_TOKEN,
+        stall: Stall::None,
+        more_stops: false,
         leads: false,
         announced: false,
-        stall: Stall::None,
     };
 
     /// Tokens still to be computed.
@@ -138,6 +153,7 @@ impl Rows {
         Self {
             hot: vec![Row::FREE; max_num_seqs],
             owners: vec![None; max_num_seqs],
+            recent: vec![[0; RECENT]; max_num_seqs],
             free,
             num_free: max_num_seqs,
             reserved: 0,
@@ -158,6 +174,34 @@ impl Rows {
     /// The owner of a row that is not free.
     pub fn owner(&self, row: u32) -> &RowOwner {
         self.owners[row as usize].as_ref().expect("the row is assigned")
+    }
+
+    pub fn owner_mut(&mut self, row: u32) -> &mut RowOwner {
+        self.owners[row as usize].as_mut().expect("the row is assigned")
+    }
+
+    /// The sequence of a row that takes part in steps.
+    pub fn seq(&self, row: u32) -> SeqHandle {
+        self.owner(row).seq.expect("rows in the order have a sequence")
+    }
+
+    /// Has the row a sequence?
+    pub fn is_seated(&self, row: u32) -> bool {
+        self.owner(row).seq.is_some()
+    }
+
+    /// The newest tokens of a row, up to the next multiple of `RECENT`.
+    pub fn recent(&self, row: u32) -> &[u32; RECENT] {
+        &self.recent[row as usize]
+    }
+
+    /// Appends a token to a live row. True if its group of positions is full, and the manager is to be given it.
+    pub fn push(&mut self, row: u32, token: u32) -> bool {
+        let r = &mut self.hot[row as usize];
+        self.recent[row as usize][r.num_tokens as usize % RECENT] = token;
+        r.num_tokens += 1;
+        r.last_token = token;
+        (r.num_tokens as usize).is_multiple_of(RECENT)
     }
 
     /// The owner of the last assignment, also after it ended; `None` if the row was never assigned.
@@ -184,7 +228,7 @@ impl Rows {
     ///
     /// # Panics
     /// If no row is free: the caller counts.
-    pub fn assign(&mut self, owner: RowOwner, limit: u32, has_stop: bool) -> u32 {
+    pub fn assign(&mut self, owner: RowOwner, limit: u32, stops: &[u32]) -> u32 {
         let (word, bits) = self
             .free
             .iter_mut()
@@ -198,7 +242,8 @@ impl Rows {
         self.hot[row as usize] = Row {
             uid: self.next_uid,
             limit,
-            has_stop,
+            stop: stops.first().copied().unwrap_or(NO_TOKEN),
+            more_stops: stops.len() > 1,
             ..Row::FREE
         };
         self.owners[row as usize] = Some(owner);
@@ -252,6 +297,10 @@ mod tests {
             request: 0,
             index,
             request_id: "r".into(),
+            seq: None,
+            known: 0,
+            told: 0,
+            short: (0, 0),
         }
     }
 
@@ -259,23 +308,23 @@ mod tests {
     fn rows_are_the_lowest_free_numbers() {
         let mut rows = Rows::new(65);
         for expected in 0..65 {
-            assert_eq!(rows.assign(owner(0, u64::from(expected), 0), 9, false), expected);
+            assert_eq!(rows.assign(owner(0, u64::from(expected), 0), 9, &[]), expected);
         }
         assert_eq!(rows.available(), 0);
         rows.release(64);
         rows.release(3);
         assert_eq!(rows.available(), 2);
-        assert_eq!(rows.assign(owner(0, 70, 0), 9, false), 3);
-        assert_eq!(rows.assign(owner(0, 71, 0), 9, false), 64);
+        assert_eq!(rows.assign(owner(0, 70, 0), 9, &[]), 3);
+        assert_eq!(rows.assign(owner(0, 71, 0), 9, &[]), 64);
     }
 
     #[test]
     fn order_follows_rank_and_lines_move_as_little_as_possible() {
         let mut rows = Rows::new(4);
-        let a = rows.assign(owner(0, 1, 0), 9, false);
-        let b = rows.assign(owner(0, 2, 1), 9, false);
-        let c = rows.assign(owner(-1, 3, 0), 9, false);
-        let d = rows.assign(owner(0, 2, 0), 9, false);
+        let a = rows.assign(owner(0, 1, 0), 9, &[]);
+        let b = rows.assign(owner(0, 2, 1), 9, &[]);
+        let c = rows.assign(owner(-1, 3, 0), 9, &[]);
+        let d = rows.assign(owner(0, 2, 0), 9, &[]);
         for row in [a, b, c, d] {
             rows.enter(row);
         }
@@ -290,12 +339,12 @@ mod tests {
     #[test]
     fn an_assignment_is_told_apart_from_the_next_one() {
         let mut rows = Rows::new(1);
-        let row = rows.assign(owner(0, 1, 0), 9, false);
+        let row = rows.assign(owner(0, 1, 0), 9, &[]);
         let uid = rows.get(row).uid;
         assert!(rows.live(row, uid).is_some());
         rows.release(row);
         assert!(rows.live(row, uid).is_none());
-        rows.assign(owner(0, 2, 0), 9, false);
+        rows.assign(owner(0, 2, 0), 9, &[]);
         assert!(rows.live(row, uid).is_none());
     }
 }

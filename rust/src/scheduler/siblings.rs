@@ -35,7 +35,8 @@ impl Scheduler {
         r.leads = false;
         // The lead's newest block is about to be shared: its next write has to ask for it.
         r.slots = r.computed;
-        let (lead_seq, computed) = (Self::seq_of(r), r.computed as usize);
+        let computed = r.computed as usize;
+        let lead_seq = self.rows.seq(lead_row);
         self.tell_computed(lead_row)?;
         debug_assert!(computed >= self.requests[request].prompt_len as usize);
         let lead_request = &mut self.requests[request];

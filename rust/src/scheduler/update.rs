@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::Scheduler;
-use super::rows::Rows;
+use super::lifecycle::tell_tokens;
 use super::write::Started;
 use crate::error::{Error, Expected, Result, StepProblem};
 use crate::ids::{BlockId, SeqHandle, Step};
@@ -94,18 +94,6 @@ impl InFlight {
             started: Vec::new(),
             preempted: Vec::new(),
         }
-    }
-
-    /// Tells that a row was assigned.
-    pub fn announce(&mut self, rows: &Rows, row: u32) {
-        let owner = rows.owner(row);
-        let (request_id, index) = (Arc::clone(&owner.request_id), owner.index);
-        self.started.push(Started {
-            row,
-            request_id,
-            index,
-            uid: rows.get(row).uid,
-        });
     }
 }
 
@@ -254,22 +242,24 @@ impl Scheduler {
                 continue;
             };
             let token = token.cast_unsigned();
-            row.num_tokens += 1;
-            row.last_token = token;
-            let (seq, full, has_stop) = (Self::seq_of(row), row.num_tokens == row.limit, row.has_stop);
+            let full = row.num_tokens + 1 == row.limit;
+            let (stopped, more_stops) = (row.stop == token, row.more_stops);
+            let tell = self.rows.push(sample.row, token);
             result.rows.push(sample.row.cast_signed());
             result.tokens.push(token.cast_signed());
-            if full || has_stop {
+            if full || stopped || more_stops {
                 let owner = self.rows.owner(sample.row);
                 let (request, index) = (owner.request, owner.index as usize);
-                let stopped = has_stop && self.requests[request].stop.contains(&token);
+                let stopped = stopped || self.requests[request].stop.contains(&token);
                 if stopped || full {
                     let reason = if stopped { EndReason::Stop } else { EndReason::Length };
                     self.end(request, Some(index), &reason, &mut result.finished)?;
                     continue;
                 }
             }
-            self.manager.append(seq, &[token])?;
+            if tell {
+                tell_tokens(&mut self.manager, &mut self.rows, sample.row)?;
+            }
         }
         Ok(())
     }
@@ -282,11 +272,13 @@ impl Scheduler {
 
     /// Tells the manager what is computed of a sequence, which publishes the blocks that are full.
     pub(super) fn tell_computed(&mut self, row: u32) -> Result<()> {
-        let r = self.rows.get_mut(row);
-        let (seq, computed) = (Self::seq_of(r), r.computed as usize);
+        tell_tokens(&mut self.manager, &mut self.rows, row)?;
+        let (seq, told) = (self.rows.seq(row), self.rows.get(row).computed);
+        let computed = told as usize;
         let changed = self.manager.commit(seq, computed)?;
+        self.rows.owner_mut(row).told = told;
+        let r = self.rows.get_mut(row);
         r.table_changed(changed, self.manager.table(seq)?.len());
-        r.told = r.computed;
         r.commit_at =
             u32::try_from((computed / self.config.block_size + 1) * self.config.block_size).unwrap_or(u32::MAX);
         Ok(())

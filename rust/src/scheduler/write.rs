@@ -2,18 +2,20 @@
 
 use std::sync::Arc;
 
-use super::rows::Row;
-use super::update::{Entry, Sample};
+use super::requests::Requests;
+use super::rows::Rows;
+use super::update::{Entry, InFlight, Sample};
 use super::{Draft, Scheduler};
 use crate::error::Result;
 use crate::ids::BlockId;
+use crate::manager::KVCacheManager;
 use crate::plan::{PlanArrays, PlanCounts, StepPlan};
 
 /// What a line of the buffer's block table holds.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Line {
-    /// The assignment whose table it is; 0 if none.
-    pub uid: u64,
+    /// The row whose table it has; if that has moved to another line, leftovers of it.
+    pub row: u32,
     /// Entries from the start that are not 0.
     pub entries: usize,
 }
@@ -107,182 +109,205 @@ impl Scheduler {
             block_copies: in_flight.copies.len(),
             blocks_to_zero: in_flight.blocks_to_zero.len(),
         };
-        let mut plan = self.buffer.begin(&counts);
-        plan.input_sources.fill(-1);
-        plan.query_start_loc[0] = 0;
-        for (pair, copy) in plan.block_copies.chunks_exact_mut(2).zip(&in_flight.copies) {
+        let mut writer = Writer {
+            plan: self.buffer.begin(&counts),
+            rows: &mut self.rows,
+            manager: &self.manager,
+            lines: &mut self.lines,
+            block_size: u32::try_from(self.config.block_size).expect("block_size is int32"),
+            updates: 0,
+        };
+        writer.blocks(in_flight);
+        writer.rows(in_flight, &self.requests)?;
+        writer.samples(in_flight);
+        debug_assert_eq!(writer.updates, counts.table_updates * 3);
+        Ok(())
+    }
+}
+
+/// The plan while it is written, and what is read for it.
+struct Writer<'a> {
+    plan: PlanArrays<'a>,
+    rows: &'a mut Rows,
+    manager: &'a KVCacheManager,
+    lines: &'a mut [Line],
+    block_size: u32,
+    /// Numbers written to `table_updates`.
+    updates: usize,
+}
+
+impl Writer<'_> {
+    /// What is done to blocks before the step writes to them.
+    fn blocks(&mut self, in_flight: &InFlight) {
+        for (pair, copy) in self.plan.block_copies.chunks_exact_mut(2).zip(&in_flight.copies) {
             pair.copy_from_slice(&[int32(copy.src.0), int32(copy.dst.0)]);
         }
-        for (block, &zero) in plan.blocks_to_zero.iter_mut().zip(&in_flight.blocks_to_zero) {
+        for (block, &zero) in self.plan.blocks_to_zero.iter_mut().zip(&in_flight.blocks_to_zero) {
             *block = int32(zero.0);
         }
-        let block_size = u32::try_from(self.config.block_size).expect("block_size is int32");
-        let (mut token, mut updates) = (0, 0);
+    }
+
+    /// The sequences that were given tokens, in the order of the lines.
+    fn rows(&mut self, in_flight: &mut InFlight, requests: &Requests) -> Result<()> {
+        self.plan.input_sources.fill(-1);
+        self.plan.query_start_loc[0] = 0;
+        let mut token = 0;
         for place in 0..self.rows.lines.len() {
             let id = self.rows.lines[place];
-            let row = self.rows.get_mut(id);
+            let row = self.rows.get(id);
             if row.scheduled == 0 {
                 continue;
             }
             let i = in_flight.entries.len();
-            in_flight.entries.push(Entry {
-                row: id,
-                uid: row.uid,
-                changed: row.changed,
-            });
-            if row.changed != u32::MAX || row.written_line as usize != i || self.lines[i].uid != row.uid {
-                let blocks = self.manager.table(Self::seq_of(row))?;
-                write_table(
-                    &mut plan,
-                    &mut self.lines[i],
-                    &mut updates,
-                    i,
-                    id,
-                    row,
-                    blocks,
-                    block_size,
-                );
+            let (uid, changed, leads, announced) = (row.uid, row.changed, row.leads, row.announced);
+            in_flight.entries.push(Entry { row: id, uid, changed });
+            if changed != u32::MAX || row.written_line as usize != i {
+                self.table(i, id)?;
             }
-            let end = token + row.scheduled as usize;
-            if row.scheduled == 1 && row.computed + 1 == row.num_tokens {
+            let row = self.rows.get(id);
+            let (seq_len, samples) = (
+                row.computed + row.scheduled,
+                row.computed + row.scheduled == row.num_tokens,
+            );
+            let plan = &mut self.plan;
+            if samples && row.scheduled == 1 {
                 plan.input_ids[token] = int32(row.last_token);
                 plan.positions[token] = int32(row.computed);
                 plan.slot_mapping[token] = row.slot_base + i64::from(row.computed);
+                token += 1;
             } else {
-                let (from, to) = (row.computed as usize, (row.computed + row.scheduled) as usize);
-                self.manager
-                    .read_tokens(Self::seq_of(row), from, to, &mut plan.input_ids[token..end])?;
-                write_chunk(&mut plan, token, i, row, block_size);
+                token = self.chunk(i, id, token)?;
             }
-            token = end;
+            let plan = &mut self.plan;
             plan.query_start_loc[i + 1] = int32(token);
-            let seq_len = row.computed + row.scheduled;
             plan.seq_lens[i] = int32(seq_len);
             plan.rows[i] = int32(id);
-            if seq_len == row.num_tokens {
-                in_flight.samples.push(Sample {
-                    row: id,
-                    uid: row.uid,
-                    token,
-                });
+            if samples {
+                in_flight.samples.push(Sample { row: id, uid, token });
             }
-            let (leads, announced) = (row.leads, std::mem::replace(&mut row.announced, true));
             if !announced {
-                in_flight.announce(&self.rows, id);
+                self.announce(in_flight, id);
             }
-            if leads && seq_len == self.rows.get(id).num_tokens {
-                Self::write_siblings(in_flight, &mut self.rows, &self.requests, id, token);
+            if leads && samples {
+                self.siblings(in_flight, requests, id, token);
             }
         }
-        for (k, sample) in in_flight.samples.iter().enumerate() {
-            plan.logits_indices[k] = int32(sample.token) - 1;
-            plan.sample_seqs[k] = int32(sample.row);
-        }
-        debug_assert_eq!((token, updates), (counts.num_tokens, counts.table_updates * 3));
         Ok(())
     }
 
     /// The siblings of a lead whose prompt ends here take their first samples from its last row.
-    fn write_siblings(
-        in_flight: &mut super::update::InFlight,
-        rows: &mut super::rows::Rows,
-        requests: &super::requests::Requests,
-        lead_row: u32,
-        token: usize,
-    ) {
-        let request = &requests[rows.owner(lead_row).request];
+    fn siblings(&mut self, in_flight: &mut InFlight, requests: &Requests, lead: u32, token: usize) {
+        let request = &requests[self.rows.owner(lead).request];
         if !request.fresh {
             return;
         }
-        for row in request
-            .children
-            .iter()
-            .filter_map(|child| child.row)
-            .filter(|&row| row != lead_row)
-        {
-            let sibling = rows.get_mut(row);
-            in_flight.samples.push(Sample {
-                row,
-                uid: sibling.uid,
-                token,
-            });
-            if !std::mem::replace(&mut sibling.announced, true) {
-                in_flight.announce(rows, row);
+        for row in request.children.iter().filter_map(|child| child.row) {
+            if row != lead {
+                let sibling = self.rows.get(row);
+                let (uid, announced) = (sibling.uid, sibling.announced);
+                in_flight.samples.push(Sample { row, uid, token });
+                if !announced {
+                    self.announce(in_flight, row);
+                }
             }
         }
     }
-}
 
-/// Brings line `i` of the block table up to date, tells the changes for tables kept elsewhere, and finds the place
-/// of the next token. O(entries that changed), or O(entries) when another sequence had the line.
-#[expect(
-    clippy::too_many_arguments,
-    reason = "the parts of a scheduler that are borrowed at the same time"
-)]
-fn write_table(
-    plan: &mut PlanArrays<'_>,
-    line: &mut Line,
-    updates: &mut usize,
-    i: usize,
-    id: u32,
-    row: &mut Row,
-    blocks: &[BlockId],
-    block_size: u32,
-) {
-    let entries = &mut plan.block_table[i * plan.row_stride..][..plan.row_stride];
-    let kept = line.uid == row.uid && row.written_line as usize == i;
-    let from = if kept {
-        (row.changed as usize).min(blocks.len())
-    } else {
-        0
-    };
-    for (entry, block) in entries[from..].iter_mut().zip(&blocks[from..]) {
-        *entry = int32(block.0);
+    fn announce(&mut self, in_flight: &mut InFlight, row: u32) {
+        self.rows.get_mut(row).announced = true;
+        let owner = self.rows.owner(row);
+        let (request_id, index) = (Arc::clone(&owner.request_id), owner.index);
+        let uid = self.rows.get(row).uid;
+        in_flight.started.push(Started {
+            row,
+            request_id,
+            index,
+            uid,
+        });
     }
-    if line.entries > blocks.len() {
-        entries[blocks.len()..line.entries].fill(0);
-    }
-    *line = Line {
-        uid: row.uid,
-        entries: blocks.len(),
-    };
-    row.written_line = int32(i).cast_unsigned();
-    for (index, block) in blocks.iter().enumerate().skip(row.changed as usize) {
-        plan.table_updates[*updates..][..3].copy_from_slice(&[int32(id), int32(index), int32(block.0)]);
-        *updates += 3;
-    }
-    row.changed = u32::MAX;
-    row.slot_base = slot_base(blocks[(row.computed / block_size) as usize], row.computed, block_size);
-}
 
-/// Writes the places of a chunk's tokens, block by block, and finds that of the token after it.
-fn write_chunk(plan: &mut PlanArrays<'_>, token: usize, i: usize, row: &mut Row, block_size: u32) {
-    let (start, stop) = (row.computed, row.computed + row.scheduled);
-    let range = token..token + row.scheduled as usize;
-    for (position, p) in plan.positions[range.clone()].iter_mut().zip(int32(start)..) {
-        *position = p;
-    }
-    let table = &plan.block_table[i * plan.row_stride..][..plan.row_stride];
-    let base = |position: u32| {
-        slot_base(
-            BlockId(table[(position / block_size) as usize].cast_unsigned()),
-            position,
-            block_size,
-        )
-    };
-    let mut slots = plan.slot_mapping[range].iter_mut();
-    let mut position = start;
-    while position < stop {
-        let end = ((position / block_size + 1) * block_size).min(stop);
-        let first = base(position) + i64::from(position);
-        // The range first: a zip takes from its left side before it sees that its right side is at an end.
-        for (slot, place) in (first..first + i64::from(end - position)).zip(slots.by_ref()) {
-            *place = slot;
+    fn samples(&mut self, in_flight: &InFlight) {
+        let places = self
+            .plan
+            .logits_indices
+            .iter_mut()
+            .zip(self.plan.sample_seqs.iter_mut());
+        for ((index, seq), sample) in places.zip(&in_flight.samples) {
+            *index = int32(sample.token) - 1;
+            *seq = int32(sample.row);
         }
-        position = end;
     }
-    if stop < row.slots {
-        row.slot_base = base(stop);
+
+    /// Brings line `i` of the block table up to date with the table of row `id`, tells the changes for tables kept
+    /// elsewhere, and finds the place of the next token. O(entries that changed), or O(entries) if the line was
+    /// another row's.
+    fn table(&mut self, i: usize, id: u32) -> Result<()> {
+        let blocks = self.manager.table(self.rows.seq(id))?;
+        let line = &mut self.lines[i];
+        let entries = &mut self.plan.block_table[i * self.plan.row_stride..][..self.plan.row_stride];
+        if line.row != id && line.entries > 0 {
+            let before = self.rows.get_mut(line.row);
+            if before.written_line as usize == i {
+                before.written_line = u32::MAX;
+            }
+        }
+        let row = self.rows.get_mut(id);
+        let changed = (row.changed as usize).min(blocks.len());
+        let from = if row.written_line as usize == i { changed } else { 0 };
+        for (entry, block) in entries[from..].iter_mut().zip(&blocks[from..]) {
+            *entry = int32(block.0);
+        }
+        if line.entries > blocks.len() {
+            entries[blocks.len()..line.entries].fill(0);
+        }
+        *line = Line {
+            row: id,
+            entries: blocks.len(),
+        };
+        let updates = self.plan.table_updates[self.updates..].chunks_exact_mut(3);
+        for ((index, block), update) in blocks.iter().enumerate().skip(changed).zip(updates) {
+            update.copy_from_slice(&[int32(id), int32(index), int32(block.0)]);
+        }
+        self.updates += 3 * (blocks.len() - changed);
+        row.written_line = int32(i).cast_unsigned();
+        row.changed = u32::MAX;
+        row.slot_base = slot_base(
+            blocks[(row.computed / self.block_size) as usize],
+            row.computed,
+            self.block_size,
+        );
+        Ok(())
+    }
+
+    /// Writes the tokens of row `id` from `token` on, block by block, and finds the place of the one after them.
+    /// Returns where the next row's tokens start.
+    fn chunk(&mut self, i: usize, id: u32, token: usize) -> Result<usize> {
+        let (block_size, seq) = (self.block_size, self.rows.seq(id));
+        let row = self.rows.get_mut(id);
+        let (start, stop) = (row.computed, row.computed + row.scheduled);
+        let range = token..token + row.scheduled as usize;
+        let ids = &mut self.plan.input_ids[range.clone()];
+        self.manager.read_tokens(seq, start as usize, stop as usize, ids)?;
+        for (position, p) in self.plan.positions[range.clone()].iter_mut().zip(int32(start)..) {
+            *position = p;
+        }
+        let table = &self.plan.block_table[i * self.plan.row_stride..][..self.plan.row_stride];
+        let block = |position: u32| BlockId(table[(position / block_size) as usize].cast_unsigned());
+        let mut slots = self.plan.slot_mapping[range.clone()].iter_mut();
+        let mut position = start;
+        while position < stop {
+            let end = ((position / block_size + 1) * block_size).min(stop);
+            let base = slot_base(block(position), position, block_size);
+            // The range first: a zip takes from its left side before it sees that its right side is at an end.
+            for (p, place) in (position..end).zip(slots.by_ref()) {
+                *place = base + i64::from(p);
+            }
+            position = end;
+        }
+        if stop < row.slots {
+            row.slot_base = slot_base(block(stop), stop, block_size);
+        }
+        Ok(range.end)
     }
 }
 
