@@ -132,7 +132,7 @@ pub(crate) struct FreeMap {
 }
 
 impl FreeMap {
-    /// All blocks below `num_blocks` free but block 0. O(num_blocks / 64).
+    /// All blocks below `num_blocks` free but block 0. O(blocks / 64).
     pub(crate) fn new(num_blocks: u32) -> Self {
         let num_blocks = num_blocks as usize;
         let mut map = Self {
@@ -262,7 +262,7 @@ impl FreeMap {
         }
     }
 
-    /// Checks the summaries and the count. O(num_blocks / 64).
+    /// Checks the summaries and the count. O(blocks / 64).
     pub(crate) fn check(&self) -> Result<()> {
         if !self.blocks.summaries_hold() || !self.whole.summaries_hold() {
             return Err(Error::corruption("A2", "a summary of the free map", 0, 0, 1));

@@ -13,6 +13,8 @@ use crate::ids::BlockId;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Copies {
     pairs: Vec<(BlockId, BlockId)>,
+    /// The life of each dst that its copy is for: others can hold it too, give it back last, and take it again.
+    generations: Vec<u32>,
     /// The pair of each dst.
     by_dst: HashMap<BlockId, usize>,
     /// How many pairs hold each src.
@@ -46,9 +48,10 @@ impl Copies {
     }
 
     /// Adds a pair; the reference to `src` that it holds is the caller's to provide.
-    pub(crate) fn add(&mut self, src: BlockId, dst: BlockId) {
+    pub(crate) fn add(&mut self, src: BlockId, dst: BlockId, generation: u32) {
         self.by_dst.insert(dst, self.pairs.len());
         self.pairs.push((src, dst));
+        self.generations.push(generation);
         *self.holds.entry(src).or_default() += 1;
     }
 
@@ -56,6 +59,7 @@ impl Copies {
     pub(crate) fn cancel(&mut self, dst: BlockId) -> Option<BlockId> {
         let place = self.by_dst.remove(&dst)?;
         let (src, _) = self.pairs.swap_remove(place);
+        self.generations.swap_remove(place);
         if let Some(&(_, moved)) = self.pairs.get(place) {
             self.by_dst.insert(moved, place);
         }
@@ -68,9 +72,14 @@ impl Copies {
         Some(src)
     }
 
-    /// Appends all pairs to `out` and forgets them; the references are now the caller's.
-    pub(crate) fn take(&mut self, out: &mut Vec<(BlockId, BlockId)>) {
-        out.append(&mut self.pairs);
+    /// Appends the pairs whose destination still lives, as `lives` says of a block and its generation, to `out`, and
+    /// forgets all; the references are now the caller's.
+    pub(crate) fn take(&mut self, lives: impl Fn(BlockId, u32) -> bool, out: &mut Vec<(BlockId, BlockId)>) {
+        let all = self.pairs.drain(..).zip(self.generations.drain(..));
+        out.extend(
+            all.filter(|&((_, dst), generation)| lives(dst, generation))
+                .map(|(pair, _)| pair),
+        );
         self.by_dst.clear();
         self.holds.clear();
     }
@@ -120,9 +129,10 @@ mod tests {
     fn cancelling_keeps_the_others() {
         let block = BlockId;
         let mut copies = Copies::default();
-        copies.add(block(1), block(2));
-        copies.add(block(1), block(3));
-        copies.add(block(4), block(5));
+        copies.add(block(1), block(2), 1);
+        copies.add(block(1), block(3), 1);
+        copies.add(block(4), block(5), 1);
+        copies.add(block(4), block(6), 1);
         assert_eq!(
             (copies.holds(block(1)), copies.source_of(block(5))),
             (2, Some(block(4)))
@@ -135,7 +145,7 @@ mod tests {
             (1, Some(block(4)))
         );
         let mut out = Vec::new();
-        copies.take(&mut out);
+        copies.take(|dst, generation| dst != block(6) && generation == 1, &mut out);
         out.sort_unstable();
         assert_eq!(out, [(block(1), block(3)), (block(4), block(5))]);
         assert_eq!(copies, Copies::default());

@@ -26,6 +26,9 @@ use crate::sequence::{Sequence, Sequences};
 use crate::tokens::Tokens;
 use crate::zeroing::Zeroing;
 
+/// Token ids are below it: they travel in int32 arrays.
+const TOKEN_IDS: u64 = 1 << 31;
+
 /// The most forks that one call makes.
 pub const MAX_FORKS: usize = 1 << 16;
 

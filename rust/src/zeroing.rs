@@ -81,7 +81,7 @@ impl Zeroing {
         self.waiting = 0;
     }
 
-    /// O(num_blocks).
+    /// O(blocks).
     pub(crate) fn check(&self) -> Result<()> {
         let waiting = self.tags.iter().filter(|&&tag| tag & WAITING != 0).count();
         let listed = self

@@ -57,9 +57,12 @@ impl KVCacheManager {
         }
         let tenant = self.cache.tenant(sequence.namespace);
         fresh.iter().for_each(|&block| self.zeroing.assign(block, tenant));
+        // A copy into a block that its last holder gave back behind our back is not made.
+        let orphans: Vec<_> = fresh.iter().filter_map(|&block| self.copies.cancel(block)).collect();
         // The first ones come right after the table's last block if those were free.
         let mut replacements = fresh.split_off(plan.appended);
         sequence.table.append(&mut fresh);
+        fresh.extend(orphans);
         self.scratch = fresh;
         let mut first_changed = before;
         for index in (plan.first..plan.existing).rev() {
@@ -73,11 +76,11 @@ impl KVCacheManager {
             // Even a block without computed tokens is copied: steps in flight may be writing to it.
             if let Some(src) = self.copies.source_of(old) {
                 self.pool.retain(&[src])?;
-                self.copies.add(src, new);
+                self.copies.add(src, new, self.pool.generation(new)?);
                 self.scratch.push(old);
             } else {
                 // The pair takes over the sequence's reference.
-                self.copies.add(old, new);
+                self.copies.add(old, new, self.pool.generation(new)?);
             }
             self.copied += 1;
         }
@@ -177,7 +180,9 @@ impl KVCacheManager {
         self.scratch.extend(self.copies.pairs().iter().map(|&(src, _)| src));
         let released = self.pool.release(&self.scratch, None, &mut self.cache);
         if released.is_ok() {
-            self.copies.take(out);
+            let pool = &self.pool;
+            let lives = |dst, generation| pool.used_refs(dst).is_ok() && pool.generation(dst) == Ok(generation);
+            self.copies.take(lives, out);
         }
         self.scratch.clear();
         released

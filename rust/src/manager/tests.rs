@@ -164,6 +164,32 @@ fn a_source_is_held_until_the_copying_step_is_complete() {
 }
 
 #[test]
+fn a_copy_into_a_block_that_others_gave_back_is_not_made() {
+    let mut manager = manager(32);
+    let parent = add(&mut manager, &tokens(0..6));
+    compute(&mut manager, parent);
+    let child = manager.fork(parent, 1).unwrap()[0];
+    manager.allocate_slots(child, 1, 0).unwrap();
+    let dst = manager.table(child).unwrap()[1];
+    manager.parts_mut().0.retain(&[dst]).unwrap();
+    manager.free(child, None).unwrap();
+    let (pool, cache) = manager.parts_mut();
+    pool.release(&[dst], None, cache).unwrap();
+    manager.check().unwrap();
+    // Whoever gets the block now, nothing is copied into it.
+    let mut other = manager.clone();
+    let (pool, cache) = other.parts_mut();
+    let all = pool.allocate(pool.num_free(), cache).unwrap();
+    assert!(all.contains(&dst));
+    assert_eq!(other.take_block_copies(0).unwrap(), []);
+    let next = add(&mut manager, &tokens(20..120));
+    manager.allocate_slots(next, 100, 0).unwrap();
+    assert!(manager.table(next).unwrap().contains(&dst));
+    assert_eq!(manager.take_block_copies(0).unwrap(), []);
+    manager.check().unwrap();
+}
+
+#[test]
 fn a_published_block_is_not_written_again() {
     let mut manager = manager(16);
     let seq = add(&mut manager, &tokens(0..8));
