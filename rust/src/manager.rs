@@ -120,7 +120,6 @@ impl KVCacheManager {
     /// [`Error::InvalidArgument`] for sizes that [`BlockPool::new`] refuses, no group, or a vocabulary of 0 or more
     /// than 2³¹; [`Error::Unsupported`] for more than one group, or a window.
     pub fn new(config: &ManagerConfig) -> Result<Self> {
-        const TOKEN_IDS: u64 = 1 << 31; // they travel in int32 arrays
         match config.groups[..] {
             [KVGroup { window: None }] => {}
             [] => return Err(Error::argument("groups", 0, Expected::Exactly(1))),
