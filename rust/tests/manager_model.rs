@@ -580,7 +580,15 @@ impl World {
     fn commit(&mut self, index: usize, n: usize) {
         let seq = self.seqs[index].clone();
         let identity = seq.identity();
-        let (mut table, full) = (seq.table.clone(), n / SIZE);
+        // What is still to be copied into is not published yet.
+        let waiting = |block: &&BlockId| self.copies.iter().any(|(_, dst)| dst == *block);
+        let ready = seq
+            .table
+            .iter()
+            .skip(seq.committed)
+            .take_while(|block| !waiting(block))
+            .count();
+        let (mut table, full) = (seq.table.clone(), (n / SIZE).min(seq.committed + ready));
         if self.caching && full > seq.committed && seq.era == self.era(seq.namespace) {
             for entry in 0..full {
                 let prefix = &identity[..(entry + 1) * SIZE];

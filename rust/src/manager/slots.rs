@@ -117,7 +117,13 @@ impl KVCacheManager {
             let expected = Expected::Between(sequence.computed as u64, most as u64);
             return Err(Error::argument("num_computed_tokens", num_computed_tokens, expected));
         }
-        let full = num_computed_tokens / size;
+        let mut full = num_computed_tokens / size;
+        if !self.copies.is_empty() {
+            // A block that is still to be copied into holds nothing yet. It waits for a later commit.
+            let candidates = sequence.table.iter().take(full).skip(sequence.committed);
+            let ready = candidates.take_while(|&&block| self.copies.source_of(block).is_none());
+            full = full.min(sequence.committed + ready.count());
+        }
         let mut first_changed = sequence.table.len();
         let current = sequence.era == self.cache.era(sequence.namespace);
         if self.caching && current && full > sequence.committed {

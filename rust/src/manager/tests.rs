@@ -190,6 +190,28 @@ fn a_copy_into_a_block_that_others_gave_back_is_not_made() {
 }
 
 #[test]
+fn a_block_is_not_published_before_it_was_copied_into() {
+    let mut manager = manager(16);
+    let parent = add(&mut manager, &tokens(0..8));
+    manager.allocate_slots(parent, 2, 0).unwrap();
+    manager.commit(parent, 2).unwrap();
+    // While a step computes the rest of the block, a fork comes to share it, and the parent gets another one.
+    manager.parts_mut().0.begin_step();
+    manager.allocate_slots(parent, 2, 0).unwrap();
+    manager.fork(parent, 1).unwrap();
+    manager.allocate_slots(parent, 6, 0).unwrap();
+    let (pool, cache) = manager.parts_mut();
+    pool.complete_step(1, cache).unwrap();
+    manager.commit(parent, 4).unwrap();
+    assert_eq!(manager.cache().unwrap().stats().num_nodes, 0);
+    manager.parts_mut().0.begin_step();
+    assert_eq!(manager.take_block_copies(0).unwrap().len(), 1);
+    manager.commit(parent, 8).unwrap();
+    assert_eq!(manager.cache().unwrap().stats().num_nodes, 2);
+    manager.check().unwrap();
+}
+
+#[test]
 fn a_published_block_is_not_written_again() {
     let mut manager = manager(16);
     let seq = add(&mut manager, &tokens(0..8));
