@@ -43,7 +43,7 @@ pub use update::{Finished, StepResult};
 pub use write::{PlannedStep, Started};
 
 use crate::error::{Error, Expected, Result};
-use crate::ids::Step;
+use crate::ids::{SeqHandle, Step};
 use crate::manager::KVCacheManager;
 use crate::plan::{PlanBuffer, PlanLimits};
 use crate::policy::Rank;
