@@ -29,3 +29,11 @@ def smollm2_gguf() -> Path:
     if not SMOLLM2.is_file():
         pytest.fail(f"{SMOLLM2.relative_to(ROOT)} is missing: python bench/fetch_model.py fetches it (93 MB)")
     return SMOLLM2
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_gguf: Path) -> Path:
+    """SmolLM2-135M-Instruct as a model directory: converted from the GGUF file the first time, kept beside it."""
+    from pagedcore.models import convert_gguf
+
+    return convert_gguf(smollm2_gguf)

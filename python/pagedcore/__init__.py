@@ -29,11 +29,16 @@ from pagedcore.errors import PagedCoreError
 
 if TYPE_CHECKING:
     from pagedcore import layout, ops
+    from pagedcore.engine import Engine
     from pagedcore.layout import KVCacheLayout
+    from pagedcore.llm import LLM
+    from pagedcore.sampling import SamplingParams
 
 __all__ = [
+    "LLM",
     "BlockPool",
     "Commit",
+    "Engine",
     "Explanation",
     "KVCacheLayout",
     "KVCacheManager",
@@ -41,6 +46,7 @@ __all__ = [
     "PagedCoreError",
     "PrefixCache",
     "PrefixHit",
+    "SamplingParams",
     "Scheduler",
     "SchedulerConfig",
     "StepPlan",
@@ -53,6 +59,9 @@ __all__ = [
 
 # Where the names of levels 4 and 5 come from; a module stands for itself.
 _LAZY = {
+    "LLM": "pagedcore.llm",
+    "Engine": "pagedcore.engine",
+    "SamplingParams": "pagedcore.sampling",
     "KVCacheLayout": "pagedcore.layout",
     "layout": "pagedcore.layout",
     "ops": "pagedcore.ops",

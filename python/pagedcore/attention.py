@@ -1,0 +1,144 @@
+"""The attention of every layer, as transformers calls it: `AttentionInterface` name ``"pagedcore"``.
+
+A model set to this name calls `paged_attention_forward` once per layer with the queries, keys and values of all tokens
+of the step in one row of a batch of one (``[1, heads, tokens, head_dim]``; rotary embeddings and norms applied). What
+the layer does not know, the step's pages, comes as the forward keyword ``pagedcore_step``, an `AttentionStep`.
+
+The name is registered without a mask function, so transformers builds no mask: the kernels derive causality and the
+window from the lengths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from pagedcore import ops
+from pagedcore.errors import InvalidArgumentError, UnsupportedError
+
+NAME = "pagedcore"
+
+
+@dataclass
+class AttentionStep:
+    """Where the tokens of one step are written to, and what each of them may read. Shared by all layers."""
+
+    layers: list[
+        tuple[torch.Tensor, torch.Tensor]
+    ]  # per layer: k_cache, v_cache [num_blocks, num_kv_heads, block_size, head_dim]
+    slot_mapping: torch.Tensor  # int64 [num_tokens], block * block_size + offset
+    block_table: torch.Tensor  # int32 [num_seqs, max_blocks]
+    seq_lens: torch.Tensor  # int32 [num_seqs], tokens in the cache once this step's are written
+    query_start_loc: torch.Tensor  # int32 [num_seqs + 1]
+    max_query_len: int
+    max_seq_len: int
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What one attention layer was seen to ask for."""
+
+    index: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    window: int | None
+
+
+@dataclass
+class AttentionProbe:
+    """Passed as ``pagedcore_step`` it computes nothing and notes what every layer asks for."""
+
+    layers: list[LayerShape] = field(default_factory=list)
+
+
+def register() -> None:
+    """Makes the name known to transformers. Idempotent."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, paged_attention_forward)
+
+
+def paged_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # [1, num_heads, num_tokens, head_dim]
+    key: torch.Tensor,  # [1, num_kv_heads, num_tokens, head_dim]
+    value: torch.Tensor,  # [1, num_kv_heads, num_tokens, head_dim]
+    attention_mask: torch.Tensor | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    pagedcore_step: AttentionStep | AttentionProbe | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Writes this step's keys and values to their slots, then attends over the pages.
+
+    Returns ``(out [1, num_tokens, num_heads, head_dim], None)``. Raises UnsupportedError for an option that changes the
+    result and is not implemented (soft cap, attention sinks, position biases).
+    """
+    if type(pagedcore_step) is AttentionStep:
+        k_cache, v_cache = pagedcore_step.layers[module.layer_idx]
+        ops.reshape_and_cache(
+            key[0].transpose(0, 1), value[0].transpose(0, 1), k_cache, v_cache, pagedcore_step.slot_mapping
+        )
+        out = ops.paged_attention(
+            query[0].transpose(0, 1),
+            k_cache,
+            v_cache,
+            pagedcore_step.block_table,
+            pagedcore_step.seq_lens,
+            pagedcore_step.query_start_loc,
+            scale=scaling,
+            window=sliding_window,
+            max_query_len=pagedcore_step.max_query_len,
+            max_seq_len=pagedcore_step.max_seq_len,
+        )
+        return out.unsqueeze(0), None
+    if not isinstance(pagedcore_step, AttentionProbe):
+        raise InvalidArgumentError(
+            f'attention "{NAME}" was called without its step',
+            hint="such a model runs inside pagedcore.Engine, or with pagedcore_step=AttentionStep(...)",
+            argument="pagedcore_step",
+            got=pagedcore_step,
+        )
+    _check_options(module, attention_mask, options)
+    pagedcore_step.layers.append(
+        LayerShape(module.layer_idx, query.shape[1], key.shape[1], key.shape[3], value.shape[3], sliding_window)
+    )
+    return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+
+
+#: Arguments that models pass to attention and that change its result; the kernels have none of them yet.
+_REFUSED = {
+    "softcap": "logit soft-capping",
+    "s_aux": "attention sinks",
+    "sinks": "attention sinks",
+    "position_bias": "position biases",
+    "alibi": "ALiBi biases",
+    "head_mask": "head masks",
+}
+
+
+def _check_options(module: torch.nn.Module, attention_mask: torch.Tensor | None, options: dict[str, Any]) -> None:
+    """Raises UnsupportedError if a layer asks for what the kernels would silently leave out.
+
+    Called while probing only: what a layer passes is fixed by the model's configuration, so one look is enough.
+    """
+    for name, what in _REFUSED.items():
+        if options.get(name) is not None:
+            raise UnsupportedError(
+                f"{type(module).__name__} uses {what} ({name}), which the attention kernels do not have",
+                hint="choose a model without it",
+                argument=name,
+            )
+    if attention_mask is not None:
+        raise UnsupportedError(
+            f"{type(module).__name__} passes a mask of its own; paged attention is causal, with or without a window",
+            argument="attention_mask",
+        )
+    if options.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise UnsupportedError(f"{type(module).__name__} is not causal", argument="is_causal")
+    if options.get("dropout"):
+        raise UnsupportedError("attention dropout is for training", hint="call model.eval()", argument="dropout")

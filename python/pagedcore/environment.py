@@ -1,0 +1,164 @@
+"""What pagedcore reads from its surroundings: environment variables, and the facts `pagedcore info` prints.
+
+Every variable is declared here, once, and read nowhere else in Python. A value that is not understood is an error,
+never a silent default: a typo in an environment variable must not change what a benchmark measures.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pagedcore.errors import InvalidArgumentError
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+CPU_ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
+
+
+@dataclass(frozen=True)
+class Variable:
+    """An environment variable: its name, what it means, and the values it takes (empty: any text)."""
+
+    name: str
+    meaning: str
+    choices: tuple[str, ...] = ()
+
+    def read(self, environ: Mapping[str, str] | None = None) -> str | None:
+        """Its value, or None where it is unset or empty. Raises InvalidArgumentError for a value it does not take."""
+        value = (os.environ if environ is None else environ).get(self.name, "").strip()
+        if not value:
+            return None
+        if self.choices and value.lower() not in self.choices:
+            raise InvalidArgumentError(
+                f"environment variable {self.name} is {value!r}",
+                hint=f"use one of {', '.join(self.choices)}, or unset it",
+                argument=self.name,
+                got=value,
+                expected=self.choices,
+            )
+        return value.lower() if self.choices else value
+
+
+CPU_ISA = Variable("PAGEDCORE_CPU_ISA", "instruction set the CPU kernels use, instead of the best one", CPU_ISAS)
+LOG_LEVEL = Variable("PAGEDCORE_LOG_LEVEL", "what the command line logs to stderr (default: warning)", LOG_LEVELS)
+TEST_MODEL = Variable("PAGEDCORE_TEST_MODEL", "model directory or GGUF file that the tests of real text use")
+VARIABLES = (CPU_ISA, LOG_LEVEL, TEST_MODEL)
+
+
+def check(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Reads every variable; the ones that are set, by name. Raises InvalidArgumentError for the first bad value,
+    and for a name with the prefix that does not exist (PAGEDCORE_CUDA belongs to the build and is let through).
+    """
+    environ = os.environ if environ is None else environ
+    known = {variable.name for variable in VARIABLES} | {"PAGEDCORE_CUDA"}
+    for name in environ:
+        if name.startswith("PAGEDCORE_") and name not in known:
+            raise InvalidArgumentError(
+                f"unknown environment variable {name}",
+                hint=f"the ones there are: {', '.join(sorted(known))}",
+                argument=name,
+            )
+    values = ((variable.name, variable.read(environ)) for variable in VARIABLES)
+    return {name: value for name, value in values if value is not None}
+
+
+# ---------------------------------------------------------------------------------------------------- the machine
+
+
+def available_memory() -> int:
+    """Bytes of host memory that can be taken now without swapping, within the limit of the control group if one is
+    set.
+    """
+    available = _proc_meminfo().get("MemAvailable")
+    if available is None:  # not Linux: half of what is installed is the best guess that needs no dependency
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    limit = _read_int("/sys/fs/cgroup/memory.max")
+    used = _read_int("/sys/fs/cgroup/memory.current")
+    if limit is not None and used is not None:
+        available = min(available, max(0, limit - used))
+    return available
+
+
+def total_memory() -> int:
+    """Bytes of host memory installed, or the limit of the control group if that is lower."""
+    total = _proc_meminfo().get("MemTotal", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return min(total, _read_int("/sys/fs/cgroup/memory.max") or total)
+
+
+def cpu_count() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_model() -> str:
+    """The processor's name as the system tells it."""
+    for line in _read_text("/proc/cpuinfo").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str | None]:
+    """Installed versions of pagedcore and of what it works with; None for what is not installed. Imports none of
+    them.
+    """
+    found: dict[str, str | None] = {}
+    for name in ("pagedcore", "numpy", "torch", "transformers", "tokenizers", "safetensors", "gguf", "cupy"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def describe() -> dict[str, Any]:
+    """The facts that decide how pagedcore runs here, as plain JSON values. Memory in bytes. Does not import torch."""
+    return {
+        "versions": versions(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": {"model": cpu_model(), "cores": cpu_count()},
+        "kernels": _kernels(),
+        "memory": {"total": total_memory(), "available": available_memory()},
+        "environment": check(),
+        "executable": sys.executable,
+    }
+
+
+def _kernels() -> dict[str, Any]:
+    """What the compiled kernels chose: instruction set, and the threads they run on."""
+    from pagedcore import _kernels
+
+    return {
+        "cpu_isa": _kernels.cpu_isa(),
+        "threads": _kernels.max_threads(),
+        "thread_runtime": _kernels.thread_runtime(),
+    }
+
+
+def _proc_meminfo() -> dict[str, int]:
+    fields = {}
+    for line in _read_text("/proc/meminfo").splitlines():
+        name, _, rest = line.partition(":")
+        value = rest.split()
+        if value and value[0].isdigit():
+            fields[name] = int(value[0]) * 1024
+    return fields
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def _read_int(path: str) -> int | None:
+    text = _read_text(path).strip()
+    return int(text) if text.isdigit() else None

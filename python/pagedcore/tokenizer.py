@@ -1,0 +1,143 @@
+"""Text to token ids and back; back one token at a time.
+
+A token is not a piece of text: a character's UTF-8 bytes may be spread over several tokens, and what a token decodes
+to may depend on its neighbours (SentencePiece drops the space before the first token it is given). So new tokens are
+decoded together with a few before them, and text is given out only when it can no longer change.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pagedcore.errors import InvalidArgumentError, UnsupportedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+#: What a decoder writes for bytes that are not, or not yet, UTF-8.
+_REPLACEMENT = "\ufffd"
+
+#: Tokens that stay in the decoding window for context after their text was given out.
+_CONTEXT = 5
+
+#: Tokens that may stay undecided. A character has at most four bytes, so more than these are no character in the
+#: making.
+_MAX_UNDECIDED = 12
+
+_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer with the few calls that the engine needs."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.hf = tokenizer
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)  # Rust, a quarter of the time of the Python call
+
+    @classmethod
+    def load(cls, location: str, gguf_file: str | None = None) -> Tokenizer | None:
+        """The tokenizer beside a model, or None where there is none. A broken one is an InvalidArgumentError."""
+        from transformers import AutoTokenizer
+
+        path = Path(location)
+        if path.is_dir() and gguf_file is None and not any((path / name).is_file() for name in _FILES):
+            logger.info("no tokenizer in %s: token ids only", location)
+            return None
+        try:
+            return cls(AutoTokenizer.from_pretrained(location, **({"gguf_file": gguf_file} if gguf_file else {})))
+        except Exception as error:
+            raise InvalidArgumentError(
+                f"the tokenizer of {location} could not be read: {error}", argument="model", got=location
+            ) from error
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The id that ends a text, if the tokenizer has one."""
+        token: int | None = self.hf.eos_token_id
+        return token
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, with the special tokens that the model wants around a text. O(length)."""
+        return list(self.hf(text, add_special_tokens=True)["input_ids"])
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **template: Any) -> list[int]:
+        """Token ids of a conversation in the model's chat format, ending where the assistant's answer begins.
+
+        Raises UnsupportedError if the model has no chat template, InvalidArgumentError if the template refuses the
+        messages.
+        """
+        if not self.hf.chat_template:
+            raise UnsupportedError(
+                "this model has no chat template", hint="use generate with a text prompt", argument="messages"
+            )
+        try:
+            conversation = [dict(message) for message in messages]
+            options = {"tokenize": True, "add_generation_prompt": True, "return_dict": False, **template}
+            return list(self.hf.apply_chat_template(conversation, **options))
+        except Exception as error:  # templates raise whatever their author chose
+            raise InvalidArgumentError(
+                f"the chat template refused the messages: {error}", argument="messages"
+            ) from error
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of these tokens, without special tokens. O(length)."""
+        if self._backend is not None:
+            text = self._backend.decode(token_ids, skip_special_tokens=True)
+        else:
+            text = self.hf.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)
+
+    def detokenizer(self, prompt_token_ids: Sequence[int] = ()) -> Detokenizer:
+        """For one sequence's answer. The end of the prompt is context, so that the first word keeps its leading
+        space.
+        """
+        return Detokenizer(self.decode, prompt_token_ids)
+
+
+class Detokenizer:
+    """Turns one sequence's tokens into text as they come. O(1) per token, amortised.
+
+    The pieces joined are what `decode` gives for all tokens at once. Two exceptions, both of text that is broken
+    anyway: byte runs that are no UTF-8 keep the readable characters before them (some decoders replace the whole
+    run), and a run of more than twelve such tokens is given out as it is.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], prompt_token_ids: Sequence[int] = ()) -> None:
+        self._decode = decode
+        self._window = [
+            int(token) for token in prompt_token_ids[-_CONTEXT:]
+        ]  # context, then tokens not given out in full
+        self._settled = len(self._window)  # leading tokens of the window whose text is out
+        # Characters of the window's text that are out. A character that the prompt leaves incomplete is not.
+        self._given = len(decode(self._window).rstrip(_REPLACEMENT)) if self._window else 0
+
+    def push(self, token: int) -> str:
+        """Adds a token; the text that is now certain, often a word, empty while a character is incomplete."""
+        window = self._window
+        window.append(token)
+        text = self._decode(window)
+        undecided = text.endswith(_REPLACEMENT)
+        if undecided and len(window) - self._settled <= _MAX_UNDECIDED:
+            text = text.rstrip(_REPLACEMENT)
+        new = text[self._given :]
+        self._given = max(self._given, len(text))
+        if not undecided or len(window) - self._settled > _MAX_UNDECIDED:
+            self._settled = len(window)
+            if len(window) > 4 * _CONTEXT:  # slide: amortised, as decoding the context anew costs about a token
+                del window[:-_CONTEXT]
+                self._settled = len(window)
+                self._given = len(self._decode(window))
+        return new
+
+    def flush(self) -> str:
+        """The rest, at the end of the sequence: an incomplete character comes out as U+FFFD."""
+        text = self._decode(self._window)
+        new = text[self._given :]
+        self._given = len(text)
+        self._settled = len(self._window)
+        return new
