@@ -151,7 +151,7 @@ def main() -> int:
     parser.add_argument(
         "--baseline",
         type=int,
-        default=16,
+        default=8,
         metavar="N",
         help="prompts for the padded batches, 0 for none (default: %(default)s)",
     )
