@@ -35,6 +35,9 @@ impl fmt::Display for BlockId {
 pub struct NodeId(NonZeroU32);
 
 impl NodeId {
+    /// The first one.
+    pub(crate) const FIRST: Self = Self(NonZeroU32::MIN);
+
     /// None for 0.
     #[must_use]
     pub const fn new(index: u32) -> Option<Self> {

@@ -142,20 +142,22 @@ pub struct BlockPool {
 }
 
 /// Zeros that cost no time until they are touched, or an error where there is no memory for them.
+///
+/// `vec![0; n]` takes zeroed pages from the system, but aborts where there are none. So ask first for what could be too
+/// much; asking for less than 32 MiB would teach the C library's allocator to keep such pieces, and to zero them.
 macro_rules! zeroed {
     ($type:ty, $len:expr) => {{
-        // `vec![0; n]` takes zeroed pages from the system, but aborts where there are none: so ask first.
         let mut probe: Vec<$type> = Vec::new();
-        match probe.try_reserve_exact($len) {
-            Ok(()) => {
-                drop(probe);
-                Ok(vec![0; $len])
-            }
-            Err(_) => Err(crate::error::Error::argument(
+        let large = $len >= (32 << 20) / size_of::<$type>();
+        if large && probe.try_reserve_exact($len).is_err() {
+            Err(crate::error::Error::argument(
                 "num_blocks",
                 $len,
                 crate::error::Expected::That("a number for whose bookkeeping there is memory"),
-            )),
+            ))
+        } else {
+            drop(probe);
+            Ok(vec![0; $len])
         }
     }};
 }

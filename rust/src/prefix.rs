@@ -93,11 +93,20 @@ impl Reclaim for PrefixCache {
     }
 
     fn evict_into(&mut self, n: usize, out: &mut Vec<BlockId>) {
-        for _ in 0..n {
-            let Some(node) = self.trie.least_recent() else { return };
-            out.push(self.trie.block(node));
-            self.forget(node);
-            self.evicted += 1;
+        let mut left = n;
+        let mut batch = [NodeId::FIRST; 32];
+        while left > 0 {
+            let wanted = left.min(batch.len());
+            let count = self.trie.least_recent(&mut batch[..wanted]);
+            if count == 0 {
+                return;
+            }
+            for &node in &batch[..count] {
+                out.push(self.trie.block(node));
+                self.forget(node);
+            }
+            self.evicted += count as u64;
+            left -= count;
         }
     }
 

@@ -105,10 +105,6 @@ impl Trie {
         self.lru.len()
     }
 
-    pub(crate) fn least_recent(&self) -> Option<NodeId> {
-        self.lru.first()
-    }
-
     pub(crate) fn block(&self, node: NodeId) -> BlockId {
         self.nodes[node.index()].block
     }
@@ -155,14 +151,7 @@ impl Trie {
 
     fn hash(&self, query: &Query<'_>) -> u32 {
         let mut hasher = self.seed.0.build_hasher();
-        let pairs = query.tokens.chunks_exact(2);
-        let odd = pairs.remainder();
-        for pair in pairs {
-            hasher.write_u64(u64::from(pair[1]) << 32 | u64::from(pair[0]));
-        }
-        for &token in odd {
-            hasher.write_u32(token);
-        }
+        hasher.write(bytemuck::cast_slice(query.tokens));
         for part in query.content {
             part.hash(&mut hasher);
         }
@@ -263,6 +252,19 @@ impl Trie {
         };
         self.free = id.get();
         self.len -= 1;
+    }
+
+    /// The next nodes to evict, in order; how many were written to `out`.
+    pub(crate) fn least_recent(&self, out: &mut [NodeId]) -> usize {
+        let list = std::iter::successors(self.lru.first(), |&id| self.lru.next(id));
+        let count = list.zip(&mut *out).map(|(id, place)| *place = id).count();
+        // Where a large trie is not in the processor's caches, a removal is a chain of waits for memory: for the head
+        // of the hash chain, then for the node there. Asked for together, those of many nodes arrive together.
+        let heads = out[..count]
+            .iter()
+            .map(|id| self.heads[self.chain_of(self.nodes[id.index()].hash)]);
+        std::hint::black_box(heads.fold(0, |sum, head| sum ^ self.nodes[head as usize].chain));
+        count
     }
 
     /// One more reason against the node's eviction. O(1), and O(depth) where it is the first below many.

@@ -94,6 +94,8 @@ struct Seq {
     computed: usize,
     slots: usize,
     committed: usize,
+    /// The block that publishes the last of them, and since when: without merging it can be another sequence's.
+    last: Option<(usize, u64)>,
     /// Resets and purges at the time its blocks were computed.
     era: (u64, u64),
     preempted: bool,
@@ -228,6 +230,13 @@ impl World {
         }
     }
 
+    /// The last block of a hit, and since when it is published.
+    fn last(&self, table: &[BlockId]) -> Option<(usize, u64)> {
+        table
+            .last()
+            .map(|block| (block.index(), self.model.published_since[block.index()]))
+    }
+
     fn era(&self, namespace: usize) -> (u64, u64) {
         (self.resets, self.purges[namespace])
     }
@@ -301,6 +310,7 @@ impl World {
                 assert_eq!(result.is_ok(), !self.seqs[index].preempted);
                 let seq = &mut self.seqs[index];
                 (seq.preempted, seq.computed, seq.slots, seq.committed, seq.scheduled) = (true, 0, 0, 0, 0);
+                seq.last = None;
                 seq.epoch += 1;
                 std::mem::take(&mut seq.table)
                     .into_iter()
@@ -318,8 +328,9 @@ impl World {
                 let table = self.hit(namespace, &identity);
                 let computed = table.len() * SIZE;
                 assert_eq!(result, Ok(computed));
-                let era = self.era(namespace);
+                let (era, last) = (self.era(namespace), self.last(&table));
                 let seq = &mut self.seqs[index];
+                seq.last = last;
                 (seq.committed, seq.computed, seq.slots) = (table.len(), computed, computed);
                 (seq.table, seq.era, seq.preempted) = (table, era, false);
             }
@@ -410,6 +421,7 @@ impl World {
             content,
             content_stop: CONTENT.end,
             committed: table.len(),
+            last: self.last(&table),
             table,
             computed,
             slots: computed,
@@ -605,6 +617,8 @@ impl World {
                         .publish(table[entry].index(), (seq.namespace, prefix.to_vec())),
                 }
             }
+            let last = self.model.find(seq.namespace, &identity[..full * SIZE]).unwrap();
+            self.seqs[index].last = Some((last, self.model.published_since[last]));
             self.seqs[index].committed = full;
         }
         let first = (0..table.len())
@@ -638,9 +652,15 @@ impl World {
         let dropped = seq.table.split_off(keep);
         let committed = seq.committed.min(n / SIZE);
         if committed < seq.committed {
-            let prefix = seq.identity()[..committed * SIZE].to_vec();
-            let found = self.model.find(seq.namespace, &prefix).is_some();
-            self.seqs[index].committed = if found { committed } else { 0 };
+            let alive = |&(block, since): &(usize, u64)| {
+                self.model.published[block].is_some() && self.model.published_since[block] == since
+            };
+            let found = seq.last.filter(alive).filter(|_| committed > 0);
+            let prefix = &seq.identity()[..committed * SIZE];
+            seq.last = found
+                .and_then(|_| self.model.find(seq.namespace, prefix))
+                .map(|b| (b, self.model.published_since[b]));
+            seq.committed = if found.is_some() { committed } else { 0 };
         }
         dropped.into_iter().for_each(|block| self.release(block));
     }
@@ -702,6 +722,8 @@ impl World {
             let (pool, cache) = self.manager.parts_mut();
             pool.release(&[pair], None, cache).unwrap();
         }
+        // A pair whose destination only others held is dropped with the next step.
+        self.manager.take_block_copies(0).unwrap();
         let (pool, cache) = self.manager.parts_mut();
         cache.reset(pool);
         assert_eq!(cache.stats().num_namespaces, 0);
