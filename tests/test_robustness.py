@@ -245,6 +245,33 @@ pool.check(), manager.check(), sched.check()
     assert done.returncode == 0, done.stderr
 
 
+def test_sizes_beyond_the_machine_are_refused() -> None:
+    # In a process that may have 4 GiB: memory that is not there must not end it.
+    code = """
+import resource
+from pagedcore import *
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+for exponent in (20, 26, 31):
+    n = 2**exponent - 1
+    for make in (
+        lambda: BlockPool(n),
+        lambda: PrefixCache(BlockPool(n)),
+        lambda: KVCacheManager(n),
+        lambda: Scheduler(SchedulerConfig(num_blocks=n)),
+        lambda: Scheduler(SchedulerConfig(num_blocks=64, max_num_seqs=n)),
+        lambda: Scheduler(SchedulerConfig(num_blocks=64, max_num_batched_tokens=n)),
+        lambda: Scheduler(SchedulerConfig(num_blocks=n, max_model_len=n)),
+    ):
+        try:
+            make()
+        except (PagedCoreError, MemoryError):
+            pass
+print("alive")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
+
+
 def test_damage_is_reported_by_every_later_call() -> None:
     manager = KVCacheManager(16, 4)
     seq = manager.add(range(8))

@@ -144,7 +144,13 @@ impl PlanBuffer {
     /// `InvalidArgument` if the limits exceed what a plan can address.
     pub fn new(limits: &PlanLimits) -> Result<Self> {
         let (table_offset, table_bytes) = limits.bytes()?;
-        let mut words = vec![0_u64; (table_offset + table_bytes) / 8 + ALIGN / 8];
+        let len = (table_offset + table_bytes) / 8 + ALIGN / 8;
+        // Zeroed pages cost no time until they are touched, but where there are none the process ends: so ask first.
+        if Vec::<u64>::new().try_reserve_exact(len).is_err() {
+            let expected = Expected::That("a plan (max_num_seqs * max_model_len) for which there is memory");
+            return Err(Error::argument("max_num_seqs", limits.max_num_seqs, expected));
+        }
+        let mut words = vec![0_u64; len];
         // Only the address is taken, to know how far the first aligned word is.
         let base = (words.as_ptr() as usize).wrapping_neg() % ALIGN / 8;
         words.truncate(base + (table_offset + table_bytes) / 8);

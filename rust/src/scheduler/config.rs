@@ -28,6 +28,9 @@ pub struct SchedulerConfig {
 /// Positions, slots in a row and rows are int32 in a plan.
 const MAX_INT32: u64 = i32::MAX as u64;
 
+/// Rows are made when the scheduler is, some hundred bytes each: a typing error must not exhaust the machine's memory.
+const MAX_ROWS: u64 = 1 << 16;
+
 impl SchedulerConfig {
     /// Blocks of 16 tokens, 64 sequences, 2048 tokens a step, sequences of up to 4096 tokens, prefix caching on.
     #[must_use]
@@ -50,18 +53,18 @@ impl SchedulerConfig {
     /// `InvalidArgument`, or `Unsupported` for more than one step in flight; both name the field.
     pub fn validate(&self) -> Result<()> {
         let ranges = [
-            ("num_blocks", self.num_blocks, 2),
-            ("block_size", self.block_size, 1),
-            ("max_num_seqs", self.max_num_seqs, 1),
-            ("max_num_batched_tokens", self.max_num_batched_tokens, 1),
+            ("num_blocks", self.num_blocks, 2, MAX_INT32),
+            ("block_size", self.block_size, 1, MAX_INT32),
+            ("max_num_seqs", self.max_num_seqs, 1, MAX_ROWS),
+            ("max_num_batched_tokens", self.max_num_batched_tokens, 1, MAX_INT32),
             // A prompt of one token and one to generate.
-            ("max_model_len", self.max_model_len, 2),
-            ("vocab_size", self.vocab_size.unwrap_or(1), 1),
-            ("max_steps_in_flight", self.max_steps_in_flight, 1),
+            ("max_model_len", self.max_model_len, 2, MAX_INT32),
+            ("vocab_size", self.vocab_size.unwrap_or(1), 1, MAX_INT32),
+            ("max_steps_in_flight", self.max_steps_in_flight, 1, MAX_INT32),
         ];
-        for (argument, value, low) in ranges {
-            if !(low..=MAX_INT32).contains(&(value as u64)) {
-                return Err(Error::argument(argument, value, Expected::Between(low, MAX_INT32)));
+        for (argument, value, low, high) in ranges {
+            if !(low..=high).contains(&(value as u64)) {
+                return Err(Error::argument(argument, value, Expected::Between(low, high)));
             }
         }
         if self.max_steps_in_flight > 1 {
