@@ -22,7 +22,7 @@ constexpr int kStreamRows = 16;  // from this many query rows a KV head, the pac
 
 template <int N>
 struct Count {
-    static constexpr int value = N;
+  static constexpr int value = N;
 };
 
 // 0, 1, ..., N - 1 as a pack (std::integer_sequence would do, but the standard library stays out of these translation
@@ -33,28 +33,28 @@ template <int N, int... I>
 struct MakeCounts : MakeCounts<N - 1, N - 1, I...> {};
 template <int... I>
 struct MakeCounts<0, I...> {
-    using type = Counts<I...>;
+  using type = Counts<I...>;
 };
 
 // The first min(n, kChunk) elements of a row.
 template <class T>
 PAGEDCORE_FN void load_upto_chunk(const T* p, int n, Vec& a, Vec& b) {
-    if (n >= kChunk) {
-        load_chunk(p, a, b);
-    } else {
-        load_partial_chunk(p, n, a, b);
-    }
+  if (n >= kChunk) {
+    load_chunk(p, a, b);
+  } else {
+    load_partial_chunk(p, n, a, b);
+  }
 }
 
 // A query row as floats in chunk order, zero-padded to whole chunks.
 template <class T>
 PAGEDCORE_FN void stage_row(const T* row, int dim, float* staged) {
-    for (int d = 0; d < dim; d += kChunk) {
-        Vec a, b;
-        load_upto_chunk(row + d, dim - d, a, b);
-        store(staged + d, a);
-        store(staged + d + kLanes, b);
-    }
+  for (int d = 0; d < dim; d += kChunk) {
+    Vec a, b;
+    load_upto_chunk(row + d, dim - d, a, b);
+    store(staged + d, a);
+    store(staged + d + kLanes, b);
+  }
 }
 
 // One step of a row's online softmax: `count` scores become weights in place, m and l move on, and the factor by which
@@ -62,43 +62,39 @@ PAGEDCORE_FN void stage_row(const T* row, int dim, float* staged) {
 // masked. Memory up to the next multiple of kLanes is readable, and gets weight 0.
 PAGEDCORE_FN float softmax_step(float* scores, int count, int64_t first, int64_t last, float scale, float& m,
                                 float& l) {
-    const int padded = (count + kLanes - 1) / kLanes * kLanes;
-    const Vec factor = set1(scale);
-    Vec top = set1(-INFINITY);
-    if (first <= 0 && last >= padded && count == padded) {
-        for (int t = 0; t < padded; t += kLanes) {
-            const Vec score = mul(factor, load(scores + t));
-            store(scores + t, score);
-            top = max(top, score);
-        }
-    } else {
-        for (int t = 0; t < padded; t += kLanes)
-            store(scores + t, mul(factor, load(scores + t)));
-        const int begin = first < 0 ? 0 : first < padded ? static_cast<int>(first) : padded;
-        const int end = last < 0 ? 0 : last < count ? static_cast<int>(last) : count;
-        for (int t = 0; t < begin; ++t)
-            scores[t] = -INFINITY;
-        for (int t = end; t < padded; ++t)
-            scores[t] = -INFINITY;
-        for (int t = 0; t < padded; t += kLanes)
-            top = max(top, load(scores + t));
-    }
-    const float tile_max = reduce_max(top);
-    float m_new = m, alpha = 1.0f;
-    if (tile_max > m) {
-        m_new = tile_max;
-        alpha = __builtin_exp2f(m - m_new);
-    }
-    const Vec reference = set1(finite_max(m_new));
-    Vec sum = zero();
+  const int padded = (count + kLanes - 1) / kLanes * kLanes;
+  const Vec factor = set1(scale);
+  Vec top = set1(-INFINITY);
+  if (first <= 0 && last >= padded && count == padded) {
     for (int t = 0; t < padded; t += kLanes) {
-        const Vec weight = exp2_nonpositive(sub(load(scores + t), reference));
-        store(scores + t, weight);
-        sum = add(sum, weight);
+      const Vec score = mul(factor, load(scores + t));
+      store(scores + t, score);
+      top = max(top, score);
     }
-    m = m_new;
-    l = l * alpha + reduce_add(sum);
-    return alpha;
+  } else {
+    for (int t = 0; t < padded; t += kLanes) store(scores + t, mul(factor, load(scores + t)));
+    const int begin = first < 0 ? 0 : first < padded ? static_cast<int>(first) : padded;
+    const int end = last < 0 ? 0 : last < count ? static_cast<int>(last) : count;
+    for (int t = 0; t < begin; ++t) scores[t] = -INFINITY;
+    for (int t = end; t < padded; ++t) scores[t] = -INFINITY;
+    for (int t = 0; t < padded; t += kLanes) top = max(top, load(scores + t));
+  }
+  const float tile_max = reduce_max(top);
+  float m_new = m, alpha = 1.0f;
+  if (tile_max > m) {
+    m_new = tile_max;
+    alpha = __builtin_exp2f(m - m_new);
+  }
+  const Vec reference = set1(finite_max(m_new));
+  Vec sum = zero();
+  for (int t = 0; t < padded; t += kLanes) {
+    const Vec weight = exp2_nonpositive(sub(load(scores + t), reference));
+    store(scores + t, weight);
+    sum = add(sum, weight);
+  }
+  m = m_new;
+  l = l * alpha + reduce_add(sum);
+  return alpha;
 }
 
 }  // namespace pagedcore::cpu::PAGEDCORE_ISA
@@ -110,90 +106,88 @@ PAGEDCORE_FN float softmax_step(float* scores, int count, int64_t first, int64_t
 namespace pagedcore::cpu::PAGEDCORE_ISA {
 
 static int64_t scratch_floats(const AttentionParams& p, int64_t stream_rows, int64_t packed_rows) {
-    const int64_t stream = stream_rows * round_up_chunk(p.head_dim);
-    const int64_t packed = packed_rows > 0 ? packed_scratch_floats(packed_rows, p.head_dim, p.v_head_dim) : 0;
-    return stream > packed ? stream : packed;
+  const int64_t stream = stream_rows * round_up_chunk(p.head_dim);
+  const int64_t packed = packed_rows > 0 ? packed_scratch_floats(packed_rows, p.head_dim, p.v_head_dim) : 0;
+  return stream > packed ? stream : packed;
 }
 
 template <class T>
 PAGEDCORE_FN void attend_as(const AttentionParams& p, const WorkItem& item, int64_t key_begin, int64_t key_end,
                             State state, float* scratch) {
-    if (item.packed) {
-        attend_packed<T>(p, item, key_begin, key_end, state, scratch);
-    } else {
-        attend_stream<T>(p, item, key_begin, key_end, state, scratch);
-    }
+  if (item.packed) {
+    attend_packed<T>(p, item, key_begin, key_end, state, scratch);
+  } else {
+    attend_stream<T>(p, item, key_begin, key_end, state, scratch);
+  }
 }
 
 static void attend(const AttentionParams& p, const WorkItem& item, int64_t key_begin, int64_t key_end, State state,
                    float* scratch) {
-    const int64_t rows = item.rows(p.num_heads / p.num_kv_heads);
-    for (int64_t row = 0; row < rows; ++row) {
-        state.m[row] = -INFINITY;
-        state.l[row] = 0.0f;
-    }
-    __builtin_memset(state.o, 0, static_cast<unsigned long>(rows * state.stride) * sizeof(float));
-    switch (p.dtype) {
-        case DType::f32:
-            return attend_as<float>(p, item, key_begin, key_end, state, scratch);
-        case DType::f16:
-            return attend_as<f16>(p, item, key_begin, key_end, state, scratch);
-        default:
-            return attend_as<bf16>(p, item, key_begin, key_end, state, scratch);
-    }
+  const int64_t rows = item.rows(p.num_heads / p.num_kv_heads);
+  for (int64_t row = 0; row < rows; ++row) {
+    state.m[row] = -INFINITY;
+    state.l[row] = 0.0f;
+  }
+  __builtin_memset(state.o, 0, static_cast<unsigned long>(rows * state.stride) * sizeof(float));
+  switch (p.dtype) {
+    case DType::f32:
+      return attend_as<float>(p, item, key_begin, key_end, state, scratch);
+    case DType::f16:
+      return attend_as<f16>(p, item, key_begin, key_end, state, scratch);
+    default:
+      return attend_as<bf16>(p, item, key_begin, key_end, state, scratch);
+  }
 }
 
 static void fold(State into, State other, int64_t rows) {
-    for (int64_t row = 0; row < rows; ++row) {
-        const MergeFactors factors = merge_factors(into.m[row], other.m[row]);
-        into.m[row] = factors.m;
-        into.l[row] = into.l[row] * factors.a + other.l[row] * factors.b;
-        float* a = into.o + row * into.stride;
-        const float* b = other.o + row * other.stride;
-        const Vec fa = set1(factors.a), fb = set1(factors.b);
-        for (int64_t d = 0; d < into.stride; d += kLanes)
-            store(a + d, fma(fb, load(b + d), mul(fa, load(a + d))));
-    }
+  for (int64_t row = 0; row < rows; ++row) {
+    const MergeFactors factors = merge_factors(into.m[row], other.m[row]);
+    into.m[row] = factors.m;
+    into.l[row] = into.l[row] * factors.a + other.l[row] * factors.b;
+    float* a = into.o + row * into.stride;
+    const float* b = other.o + row * other.stride;
+    const Vec fa = set1(factors.a), fb = set1(factors.b);
+    for (int64_t d = 0; d < into.stride; d += kLanes) store(a + d, fma(fb, load(b + d), mul(fa, load(a + d))));
+  }
 }
 
 template <class T>
 static void finish_rows(const AttentionParams& p, const WorkItem& item, State state) {
-    const int group = p.num_heads / p.num_kv_heads;
-    int64_t row = 0;
-    for (int head = item.head_begin; head < item.head_end; ++head) {
-        for (int query = item.query_begin; query < item.query_end; ++query) {
-            for (int g = 0; g < group; ++g, ++row) {
-                const int64_t token = p.query_start_loc[item.seq] + query;
-                const int64_t query_head = static_cast<int64_t>(head) * group + g;
-                const float l = state.l[row];
-                // A row that saw no key has l = 0 and o = 0.
-                const Vec inverse = set1(l == 0.0f ? 0.0f : 1.0f / l);
-                const float* o = state.o + row * state.stride;
-                T* out = static_cast<T*>(p.out) + token * p.out_token_stride + query_head * p.out_head_stride;
-                for (int d = 0; d < p.v_head_dim; d += kChunk) {
-                    const Vec a = mul(inverse, load(o + d)), b = mul(inverse, load(o + d + kLanes));
-                    if (p.v_head_dim - d >= kChunk) {
-                        store_chunk(out + d, a, b);
-                    } else {
-                        store_partial_chunk(out + d, p.v_head_dim - d, a, b);
-                    }
-                }
-                if (p.lse)
-                    p.lse[token * p.lse_token_stride + query_head * p.lse_head_stride] = log_sum_exp(state.m[row], l);
-            }
+  const int group = p.num_heads / p.num_kv_heads;
+  int64_t row = 0;
+  for (int head = item.head_begin; head < item.head_end; ++head) {
+    for (int query = item.query_begin; query < item.query_end; ++query) {
+      for (int g = 0; g < group; ++g, ++row) {
+        const int64_t token = p.query_start_loc[item.seq] + query;
+        const int64_t query_head = static_cast<int64_t>(head) * group + g;
+        const float l = state.l[row];
+        // A row that saw no key has l = 0 and o = 0.
+        const Vec inverse = set1(l == 0.0f ? 0.0f : 1.0f / l);
+        const float* o = state.o + row * state.stride;
+        T* out = static_cast<T*>(p.out) + token * p.out_token_stride + query_head * p.out_head_stride;
+        for (int d = 0; d < p.v_head_dim; d += kChunk) {
+          const Vec a = mul(inverse, load(o + d)), b = mul(inverse, load(o + d + kLanes));
+          if (p.v_head_dim - d >= kChunk) {
+            store_chunk(out + d, a, b);
+          } else {
+            store_partial_chunk(out + d, p.v_head_dim - d, a, b);
+          }
         }
+        if (p.lse) p.lse[token * p.lse_token_stride + query_head * p.lse_head_stride] = log_sum_exp(state.m[row], l);
+      }
     }
+  }
 }
 
 static void finish(const AttentionParams& p, const WorkItem& item, State state) {
-    switch (p.dtype) {
-        case DType::f32:
-            return finish_rows<float>(p, item, state);
-        case DType::f16:
-            return finish_rows<f16>(p, item, state);
-        default:
-            return finish_rows<bf16>(p, item, state);
-    }
+  switch (p.dtype) {
+    case DType::f32:
+      return finish_rows<float>(p, item, state);
+    case DType::f16:
+      return finish_rows<f16>(p, item, state);
+    default:
+      return finish_rows<bf16>(p, item, state);
+  }
 }
 
 #define PAGEDCORE_STRING_(x) #x

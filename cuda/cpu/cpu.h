@@ -16,12 +16,12 @@ void reshape_and_cache(const CacheWriteParams& params, int64_t num_blocks, int n
 
 // One tensor whose first axis is the block: its inner axes merged into as few as possible, innermost contiguous.
 struct BlockRegion {
-    char* data;
-    int64_t num_blocks;
-    int64_t block_stride;          // bytes
-    std::vector<int64_t> shape;    // inner axes but the contiguous one, outermost first
-    std::vector<int64_t> strides;  // bytes
-    int64_t contiguous_bytes;
+  char* data;
+  int64_t num_blocks;
+  int64_t block_stride;          // bytes
+  std::vector<int64_t> shape;    // inner axes but the contiguous one, outermost first
+  std::vector<int64_t> strides;  // bytes
+  int64_t contiguous_bytes;
 };
 
 // For each (src, dst) pair and each region: region[dst] = region[src], pairs in order.

@@ -12,16 +12,16 @@ enum class Fault { invalid_argument, unsupported, type, block };
 // `argument`, `expected` and `got` become attributes of the exception; the message is "argument: expected ..., got
 // ...".
 struct ArgumentError : std::runtime_error {
-    ArgumentError(Fault fault, std::string argument, std::string expected, std::string got)
-        : std::runtime_error(argument + ": expected " + expected + ", got " + got),
-          fault(fault),
-          argument(std::move(argument)),
-          expected(std::move(expected)),
-          got(std::move(got)) {}
+  ArgumentError(Fault fault, std::string argument, std::string expected, std::string got)
+      : std::runtime_error(argument + ": expected " + expected + ", got " + got),
+        fault(fault),
+        argument(std::move(argument)),
+        expected(std::move(expected)),
+        got(std::move(got)) {}
 
-    Fault fault;
-    std::string argument, expected, got;
-    int64_t block = 0, num_blocks = 0;  // Fault::block only
+  Fault fault;
+  std::string argument, expected, got;
+  int64_t block = 0, num_blocks = 0;  // Fault::block only
 };
 
 }  // namespace pagedcore

@@ -12,22 +12,22 @@
 namespace pagedcore::cpu {
 
 struct Isa {
-    const char* name;
-    int chunk;        // rows of o are padded to a multiple of it
-    int stream_rows;  // from this many query rows a KV head, an item is packed
-    int packed_rows;  // a packed item has at most so many rows (or one query of a larger group)
+  const char* name;
+  int chunk;        // rows of o are padded to a multiple of it
+  int stream_rows;  // from this many query rows a KV head, an item is packed
+  int packed_rows;  // a packed item has at most so many rows (or one query of a larger group)
 
-    // Floats of scratch memory that `attend` needs, given the most rows of any streamed and of any packed item.
-    int64_t (*scratch_floats)(const AttentionParams&, int64_t stream_rows, int64_t packed_rows);
-    // Leaves the state of the item's rows over keys [key_begin, key_end) in `state`.
-    void (*attend)(const AttentionParams&, const WorkItem&, int64_t key_begin, int64_t key_end, State state,
-                   float* scratch);
-    // into = into + other.
-    void (*fold)(State into, State other, int64_t rows);
-    // Writes out and lse of the item's rows.
-    void (*finish)(const AttentionParams&, const WorkItem&, State state);
-    // Reads `bytes` (a multiple of 64): the yardstick of the benchmarks.
-    float (*read)(const void* data, int64_t bytes);
+  // Floats of scratch memory that `attend` needs, given the most rows of any streamed and of any packed item.
+  int64_t (*scratch_floats)(const AttentionParams&, int64_t stream_rows, int64_t packed_rows);
+  // Leaves the state of the item's rows over keys [key_begin, key_end) in `state`.
+  void (*attend)(const AttentionParams&, const WorkItem&, int64_t key_begin, int64_t key_end, State state,
+                 float* scratch);
+  // into = into + other.
+  void (*fold)(State into, State other, int64_t rows);
+  // Writes out and lse of the item's rows.
+  void (*finish)(const AttentionParams&, const WorkItem&, State state);
+  // Reads `bytes` (a multiple of 64): the yardstick of the benchmarks.
+  float (*read)(const void* data, int64_t bytes);
 };
 
 // Chosen at first use: the best one this machine runs, or what PAGEDCORE_CPU_ISA names. Throws IsaError if that is

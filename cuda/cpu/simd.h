@@ -9,39 +9,37 @@ namespace pagedcore::cpu::PAGEDCORE_ISA {
 
 constexpr int kChunk = 2 * kLanes;
 
-PAGEDCORE_FN int round_up_chunk(int n) {
-    return (n + kChunk - 1) / kChunk * kChunk;
-}
+PAGEDCORE_FN int round_up_chunk(int n) { return (n + kChunk - 1) / kChunk * kChunk; }
 
 // The first n elements of a chunk; the rest are zero. Never reads past them.
 template <class T>
 PAGEDCORE_FN void load_partial_chunk(const T* p, int n, Vec& a, Vec& b) {
-    T whole[kChunk] = {};
-    __builtin_memcpy(whole, p, static_cast<unsigned long>(n) * sizeof(T));
-    load_chunk(whole, a, b);
+  T whole[kChunk] = {};
+  __builtin_memcpy(whole, p, static_cast<unsigned long>(n) * sizeof(T));
+  load_chunk(whole, a, b);
 }
 
 template <class T>
 PAGEDCORE_FN void store_partial_chunk(T* p, int n, Vec a, Vec b) {
-    T whole[kChunk];
-    store_chunk(whole, a, b);
-    __builtin_memcpy(p, whole, static_cast<unsigned long>(n) * sizeof(T));
+  T whole[kChunk];
+  store_chunk(whole, a, b);
+  __builtin_memcpy(p, whole, static_cast<unsigned long>(n) * sizeof(T));
 }
 
 // 2^x for x <= 0, exactly 0 below 2^-126 (so that masked keys, at -inf, have weight 0), NaN for NaN; relative error
 // under 1e-7.
 PAGEDCORE_FN Vec exp2_nonpositive(Vec x) {
-    x = max(set1(-127.0f), x);  // in this order: max keeps its second operand's NaN
-    const Vec n = round_nearest(x);
-    const Vec f = sub(x, n);        // in [-0.5, 0.5]
-    Vec p = set1(1.535336196e-4f);  // minimax over [-0.5, 0.5] with value 1 at 0
-    p = fma(p, f, set1(1.339887502e-3f));
-    p = fma(p, f, set1(9.618436918e-3f));
-    p = fma(p, f, set1(5.550332367e-2f));
-    p = fma(p, f, set1(2.402264774e-1f));
-    p = fma(p, f, set1(6.931471825e-1f));
-    p = fma(p, f, set1(1.0f));
-    return scale_by_power(p, n);
+  x = max(set1(-127.0f), x);  // in this order: max keeps its second operand's NaN
+  const Vec n = round_nearest(x);
+  const Vec f = sub(x, n);        // in [-0.5, 0.5]
+  Vec p = set1(1.535336196e-4f);  // minimax over [-0.5, 0.5] with value 1 at 0
+  p = fma(p, f, set1(1.339887502e-3f));
+  p = fma(p, f, set1(9.618436918e-3f));
+  p = fma(p, f, set1(5.550332367e-2f));
+  p = fma(p, f, set1(2.402264774e-1f));
+  p = fma(p, f, set1(6.931471825e-1f));
+  p = fma(p, f, set1(1.0f));
+  return scale_by_power(p, n);
 }
 
 }  // namespace pagedcore::cpu::PAGEDCORE_ISA

@@ -10,18 +10,18 @@
 namespace pagedcore::cpu {
 
 struct State {
-    float* m;
-    float* l;
-    float* o;
-    int64_t stride;
+  float* m;
+  float* l;
+  float* o;
+  int64_t stride;
 };
 
 PAGEDCORE_FN int64_t state_floats(int64_t rows, int64_t stride) {
-    return (2 * rows + 15) / 16 * 16 + rows * stride;  // o begins on a cache line
+  return (2 * rows + 15) / 16 * 16 + rows * stride;  // o begins on a cache line
 }
 
 PAGEDCORE_FN State state_at(float* memory, int64_t rows, int64_t stride) {
-    return {memory, memory + rows, memory + (2 * rows + 15) / 16 * 16, stride};
+  return {memory, memory + rows, memory + (2 * rows + 15) / 16 * 16, stride};
 }
 
 }  // namespace pagedcore::cpu

@@ -17,33 +17,32 @@ constexpr int kRowGroup = 4;  // query rows that share a loaded K or V row
 // Addresses of a tile's tokens relative to head 0 of block 0, in elements. Entries past `count` repeat the last token,
 // so that kernels may compute whole register tiles.
 struct TileOffsets {
-    int64_t k[kTile];
-    int64_t v[kTile];
-    int count;
+  int64_t k[kTile];
+  int64_t v[kTile];
+  int count;
 };
 
 PAGEDCORE_FN void fill_offsets(const AttentionParams& p, const int32_t* table, int64_t begin, int64_t end,
                                TileOffsets& tile) {
-    tile.count = static_cast<int>(end - begin < kTile ? end - begin : kTile);
-    if (tile.count <= 0) return;
-    token_offsets(p, table, begin, tile.count, tile.k, tile.v);
-    for (int t = tile.count; t < kTile; ++t) {
-        tile.k[t] = tile.k[tile.count - 1];
-        tile.v[t] = tile.v[tile.count - 1];
-    }
+  tile.count = static_cast<int>(end - begin < kTile ? end - begin : kTile);
+  if (tile.count <= 0) return;
+  token_offsets(p, table, begin, tile.count, tile.k, tile.v);
+  for (int t = tile.count; t < kTile; ++t) {
+    tile.k[t] = tile.k[tile.count - 1];
+    tile.v[t] = tile.v[tile.count - 1];
+  }
 }
 
 // What the next (tile, head) will read; null `tile`: nothing.
 template <class T>
 struct Ahead {
-    const T* k;
-    const T* v;
-    const TileOffsets* tile;
+  const T* k;
+  const T* v;
+  const TileOffsets* tile;
 };
 
 PAGEDCORE_FN void prefetch_row(const void* row, int bytes) {
-    for (int b = 0; b < bytes; b += 64)
-        prefetch(static_cast<const char*>(row) + b);
+  for (int b = 0; b < bytes; b += 64) prefetch(static_cast<const char*>(row) + b);
 }
 
 // scores[r * kTile + t] = q[r] . K[t] for R rows, and all tokens up to a register tile past `count`. On the way, the
@@ -51,83 +50,76 @@ PAGEDCORE_FN void prefetch_row(const void* row, int bytes) {
 template <class T, int R>
 PAGEDCORE_FN void stream_scores(const float* q, int64_t q_stride, const T* k, const TileOffsets& tile, int dim,
                                 int v_dim, float* scores, const Ahead<T>& ahead) {
-    constexpr int kPacked = R == 3 ? 4 : R;
-    constexpr int kCols = kLanes > kPacked ? kLanes / kPacked : 1;
-    const int whole = dim / kChunk * kChunk;
-    for (int t = 0; t < tile.count; t += kCols) {
-        if (ahead.tile) {
-            for (int c = 0; c < kCols; ++c) {
-                prefetch_row(ahead.k + ahead.tile->k[t + c], dim * static_cast<int>(sizeof(T)));
-                prefetch_row(ahead.v + ahead.tile->v[t + c], v_dim * static_cast<int>(sizeof(T)));
-            }
-        }
-        const T* row[kCols];
-        for (int c = 0; c < kCols; ++c)
-            row[c] = k + tile.k[t + c];
-        Vec sums[kLanes];
-        for (int i = 0; i < kLanes; ++i)
-            sums[i] = zero();
-        for (int d = 0; d < whole; d += kChunk) {
-            Vec a[kCols], b[kCols];
-            for (int c = 0; c < kCols; ++c)
-                load_chunk(row[c] + d, a[c], b[c]);
-            for (int r = 0; r < R; ++r) {
-                const Vec qa = load(q + r * q_stride + d), qb = load(q + r * q_stride + d + kLanes);
-                for (int c = 0; c < kCols; ++c)
-                    sums[r * kCols + c] = fma(qb, b[c], fma(qa, a[c], sums[r * kCols + c]));
-            }
-        }
-        if (whole < dim) {
-            Vec a[kCols], b[kCols];
-            for (int c = 0; c < kCols; ++c)
-                load_partial_chunk(row[c] + whole, dim - whole, a[c], b[c]);
-            for (int r = 0; r < R; ++r) {
-                const Vec qa = load(q + r * q_stride + whole), qb = load(q + r * q_stride + whole + kLanes);
-                for (int c = 0; c < kCols; ++c)
-                    sums[r * kCols + c] = fma(qb, b[c], fma(qa, a[c], sums[r * kCols + c]));
-            }
-        }
-        float dots[kLanes];
-        store(dots, reduce_each(sums));
-        for (int r = 0; r < R; ++r)
-            __builtin_memcpy(scores + r * kTile + t, dots + r * kCols, kCols * sizeof(float));
+  constexpr int kPacked = R == 3 ? 4 : R;
+  constexpr int kCols = kLanes > kPacked ? kLanes / kPacked : 1;
+  const int whole = dim / kChunk * kChunk;
+  for (int t = 0; t < tile.count; t += kCols) {
+    if (ahead.tile) {
+      for (int c = 0; c < kCols; ++c) {
+        prefetch_row(ahead.k + ahead.tile->k[t + c], dim * static_cast<int>(sizeof(T)));
+        prefetch_row(ahead.v + ahead.tile->v[t + c], v_dim * static_cast<int>(sizeof(T)));
+      }
     }
+    const T* row[kCols];
+    for (int c = 0; c < kCols; ++c) row[c] = k + tile.k[t + c];
+    Vec sums[kLanes];
+    for (int i = 0; i < kLanes; ++i) sums[i] = zero();
+    for (int d = 0; d < whole; d += kChunk) {
+      Vec a[kCols], b[kCols];
+      for (int c = 0; c < kCols; ++c) load_chunk(row[c] + d, a[c], b[c]);
+      for (int r = 0; r < R; ++r) {
+        const Vec qa = load(q + r * q_stride + d), qb = load(q + r * q_stride + d + kLanes);
+        for (int c = 0; c < kCols; ++c) sums[r * kCols + c] = fma(qb, b[c], fma(qa, a[c], sums[r * kCols + c]));
+      }
+    }
+    if (whole < dim) {
+      Vec a[kCols], b[kCols];
+      for (int c = 0; c < kCols; ++c) load_partial_chunk(row[c] + whole, dim - whole, a[c], b[c]);
+      for (int r = 0; r < R; ++r) {
+        const Vec qa = load(q + r * q_stride + whole), qb = load(q + r * q_stride + whole + kLanes);
+        for (int c = 0; c < kCols; ++c) sums[r * kCols + c] = fma(qb, b[c], fma(qa, a[c], sums[r * kCols + c]));
+      }
+    }
+    float dots[kLanes];
+    store(dots, reduce_each(sums));
+    for (int r = 0; r < R; ++r) __builtin_memcpy(scores + r * kTile + t, dots + r * kCols, kCols * sizeof(float));
+  }
 }
 
 // o[r] = alpha[r] * o[r] + sum over tokens of weights[r * kTile + t] * V[t], for N chunks at o and v.
 template <class T, int R, int N>
 PAGEDCORE_FN void stream_values(const float* weights, const float* alpha, const T* v, const TileOffsets& tile,
                                 int width, float* o, int64_t o_stride) {
-    Vec a[R][N], b[R][N];
-    for (int r = 0; r < R; ++r) {
-        const Vec factor = set1(alpha[r]);
-        for (int n = 0; n < N; ++n) {
-            a[r][n] = mul(factor, load(o + r * o_stride + n * kChunk));
-            b[r][n] = mul(factor, load(o + r * o_stride + n * kChunk + kLanes));
-        }
+  Vec a[R][N], b[R][N];
+  for (int r = 0; r < R; ++r) {
+    const Vec factor = set1(alpha[r]);
+    for (int n = 0; n < N; ++n) {
+      a[r][n] = mul(factor, load(o + r * o_stride + n * kChunk));
+      b[r][n] = mul(factor, load(o + r * o_stride + n * kChunk + kLanes));
     }
-    for (int t = 0; t < tile.count; ++t) {
-        const T* row = v + tile.v[t];
-        for (int n = 0; n < N; ++n) {
-            Vec va, vb;
-            if (width < kChunk) {
-                load_partial_chunk(row + n * kChunk, width, va, vb);
-            } else {
-                load_chunk(row + n * kChunk, va, vb);
-            }
-            for (int r = 0; r < R; ++r) {
-                const Vec weight = set1(weights[r * kTile + t]);
-                a[r][n] = fma(weight, va, a[r][n]);
-                b[r][n] = fma(weight, vb, b[r][n]);
-            }
-        }
+  }
+  for (int t = 0; t < tile.count; ++t) {
+    const T* row = v + tile.v[t];
+    for (int n = 0; n < N; ++n) {
+      Vec va, vb;
+      if (width < kChunk) {
+        load_partial_chunk(row + n * kChunk, width, va, vb);
+      } else {
+        load_chunk(row + n * kChunk, va, vb);
+      }
+      for (int r = 0; r < R; ++r) {
+        const Vec weight = set1(weights[r * kTile + t]);
+        a[r][n] = fma(weight, va, a[r][n]);
+        b[r][n] = fma(weight, vb, b[r][n]);
+      }
     }
-    for (int r = 0; r < R; ++r) {
-        for (int n = 0; n < N; ++n) {
-            store(o + r * o_stride + n * kChunk, a[r][n]);
-            store(o + r * o_stride + n * kChunk + kLanes, b[r][n]);
-        }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int n = 0; n < N; ++n) {
+      store(o + r * o_stride + n * kChunk, a[r][n]);
+      store(o + r * o_stride + n * kChunk + kLanes, b[r][n]);
     }
+  }
 }
 
 // One group of R rows against one head's tile: scores, softmax step, values. D is head_dim and v_head_dim where they
@@ -136,21 +128,20 @@ template <class T, int R, int D>
 static void stream_group(const float* q, int64_t q_stride, const T* k, const T* v, const TileOffsets& tile,
                          int64_t tile_begin, const KeyRange* visible, int any_dim, int any_v_dim, float scale, float* m,
                          float* l, float* o, int64_t o_stride, const Ahead<T>& ahead) {
-    const int dim = D ? D : any_dim, v_dim = D ? D : any_v_dim;
-    alignas(64) float scores[kRowGroup * kTile];
-    float alpha[R];
-    stream_scores<T, R>(q, q_stride, k, tile, dim, v_dim, scores, ahead);
-    for (int r = 0; r < R; ++r) {
-        alpha[r] = softmax_step(scores + r * kTile, tile.count, visible[r].begin - tile_begin,
-                                visible[r].end - tile_begin, scale, m[r], l[r]);
-    }
-    constexpr int kStep = kLanes >= 16 ? 2 : 1;  // chunks of o held in registers: 2 * R * kStep vectors
-    int d = 0;
-    for (; d + kStep * kChunk <= v_dim; d += kStep * kChunk) {
-        stream_values<T, R, kStep>(scores, alpha, v + d, tile, kChunk, o + d, o_stride);
-    }
-    for (; d < v_dim; d += kChunk)
-        stream_values<T, R, 1>(scores, alpha, v + d, tile, v_dim - d, o + d, o_stride);
+  const int dim = D ? D : any_dim, v_dim = D ? D : any_v_dim;
+  alignas(64) float scores[kRowGroup * kTile];
+  float alpha[R];
+  stream_scores<T, R>(q, q_stride, k, tile, dim, v_dim, scores, ahead);
+  for (int r = 0; r < R; ++r) {
+    alpha[r] = softmax_step(scores + r * kTile, tile.count, visible[r].begin - tile_begin, visible[r].end - tile_begin,
+                            scale, m[r], l[r]);
+  }
+  constexpr int kStep = kLanes >= 16 ? 2 : 1;  // chunks of o held in registers: 2 * R * kStep vectors
+  int d = 0;
+  for (; d + kStep * kChunk <= v_dim; d += kStep * kChunk) {
+    stream_values<T, R, kStep>(scores, alpha, v + d, tile, kChunk, o + d, o_stride);
+  }
+  for (; d < v_dim; d += kChunk) stream_values<T, R, 1>(scores, alpha, v + d, tile, v_dim - d, o + d, o_stride);
 }
 
 template <class T>
@@ -159,78 +150,77 @@ using StreamGroup = void (*)(const float*, int64_t, const T*, const T*, const Ti
 
 template <class T, int D>
 PAGEDCORE_FN StreamGroup<T> stream_group_of(int rows) {
-    constexpr StreamGroup<T> kGroups[kRowGroup] = {stream_group<T, 1, D>, stream_group<T, 2, D>, stream_group<T, 3, D>,
-                                                   stream_group<T, 4, D>};
-    return kGroups[(rows < kRowGroup ? rows : kRowGroup) - 1];
+  constexpr StreamGroup<T> kGroups[kRowGroup] = {stream_group<T, 1, D>, stream_group<T, 2, D>, stream_group<T, 3, D>,
+                                                 stream_group<T, 4, D>};
+  return kGroups[(rows < kRowGroup ? rows : kRowGroup) - 1];
 }
 
 template <class T>
 PAGEDCORE_FN StreamGroup<T> stream_group_for(int rows, int dim, int v_dim) {
-    if (dim == 64 && v_dim == 64) return stream_group_of<T, 64>(rows);
-    if (dim == 128 && v_dim == 128) return stream_group_of<T, 128>(rows);
-    return stream_group_of<T, 0>(rows);
+  if (dim == 64 && v_dim == 64) return stream_group_of<T, 64>(rows);
+  if (dim == 128 && v_dim == 128) return stream_group_of<T, 128>(rows);
+  return stream_group_of<T, 0>(rows);
 }
 
 template <class T>
 static void attend_stream(const AttentionParams& p, const WorkItem& item, int64_t key_begin, int64_t key_end,
                           State state, float* q_staged) {
-    const int group = p.num_heads / p.num_kv_heads;
-    const int queries = item.query_end - item.query_begin;
-    const int rows = queries * group;  // per KV head
-    const int heads = item.head_end - item.head_begin;
-    const int q_stride = round_up_chunk(p.head_dim);
-    const int64_t seq_len = p.seq_lens[item.seq];
-    const int64_t query_start = p.query_start_loc[item.seq];
-    const int64_t query_len = p.query_start_loc[item.seq + 1] - query_start;
-    const float scale = p.scale * kLog2E;
-    const int32_t* table = table_row(p, item.seq);
+  const int group = p.num_heads / p.num_kv_heads;
+  const int queries = item.query_end - item.query_begin;
+  const int rows = queries * group;  // per KV head
+  const int heads = item.head_end - item.head_begin;
+  const int q_stride = round_up_chunk(p.head_dim);
+  const int64_t seq_len = p.seq_lens[item.seq];
+  const int64_t query_start = p.query_start_loc[item.seq];
+  const int64_t query_len = p.query_start_loc[item.seq + 1] - query_start;
+  const float scale = p.scale * kLog2E;
+  const int32_t* table = table_row(p, item.seq);
 
-    KeyRange visible[kStreamRows];
-    StreamGroup<T> groups[kStreamRows / kRowGroup];
+  KeyRange visible[kStreamRows];
+  StreamGroup<T> groups[kStreamRows / kRowGroup];
+  for (int row = 0; row < rows; ++row) {
+    visible[row] = visible_keys(p, seq_len, query_len, item.query_begin + row / group);
+  }
+  for (int row = 0; row < rows; row += kRowGroup) {
+    groups[row / kRowGroup] = stream_group_for<T>(rows - row, p.head_dim, p.v_head_dim);
+  }
+  for (int head = 0; head < heads; ++head) {
     for (int row = 0; row < rows; ++row) {
-        visible[row] = visible_keys(p, seq_len, query_len, item.query_begin + row / group);
+      const int64_t token = query_start + item.query_begin + row / group;
+      const int64_t query_head = static_cast<int64_t>(item.head_begin + head) * group + row % group;
+      const T* q = static_cast<const T*>(p.query) + token * p.query_token_stride + query_head * p.query_head_stride;
+      stage_row(q, p.head_dim, q_staged + (static_cast<int64_t>(head) * rows + row) * q_stride);
     }
-    for (int row = 0; row < rows; row += kRowGroup) {
-        groups[row / kRowGroup] = stream_group_for<T>(rows - row, p.head_dim, p.v_head_dim);
-    }
-    for (int head = 0; head < heads; ++head) {
-        for (int row = 0; row < rows; ++row) {
-            const int64_t token = query_start + item.query_begin + row / group;
-            const int64_t query_head = static_cast<int64_t>(item.head_begin + head) * group + row % group;
-            const T* q =
-                static_cast<const T*>(p.query) + token * p.query_token_stride + query_head * p.query_head_stride;
-            stage_row(q, p.head_dim, q_staged + (static_cast<int64_t>(head) * rows + row) * q_stride);
-        }
-    }
+  }
 
-    const T* k_base = static_cast<const T*>(p.k.data);
-    const T* v_base = static_cast<const T*>(p.v.data);
-    TileOffsets tiles[2];
-    fill_offsets(p, table, key_begin, key_end, tiles[0]);
-    int current = 0;
-    for (int64_t begin = key_begin; begin < key_end; begin += kTile, current ^= 1) {
-        const TileOffsets& tile = tiles[current];
-        TileOffsets& next = tiles[current ^ 1];
-        fill_offsets(p, table, begin + kTile, key_end, next);
-        for (int head = 0; head < heads; ++head) {
-            const int64_t kv_head = item.head_begin + head;
-            Ahead<T> ahead{nullptr, nullptr, nullptr};
-            if (head + 1 < heads) {
-                ahead = {k_base + (kv_head + 1) * p.k.head_stride, v_base + (kv_head + 1) * p.v.head_stride, &tile};
-            } else if (next.count > 0) {
-                ahead = {k_base + item.head_begin * p.k.head_stride, v_base + item.head_begin * p.v.head_stride, &next};
-            }
-            const T* k = k_base + kv_head * p.k.head_stride;
-            const T* v = v_base + kv_head * p.v.head_stride;
-            for (int row = 0; row < rows; row += kRowGroup) {
-                const int64_t at = static_cast<int64_t>(head) * rows + row;
-                groups[row / kRowGroup](q_staged + at * q_stride, q_stride, k, v, tile, begin, visible + row,
-                                        p.head_dim, p.v_head_dim, scale, state.m + at, state.l + at,
-                                        state.o + at * state.stride, state.stride, ahead);
-                ahead.tile = nullptr;  // asked for once
-            }
-        }
+  const T* k_base = static_cast<const T*>(p.k.data);
+  const T* v_base = static_cast<const T*>(p.v.data);
+  TileOffsets tiles[2];
+  fill_offsets(p, table, key_begin, key_end, tiles[0]);
+  int current = 0;
+  for (int64_t begin = key_begin; begin < key_end; begin += kTile, current ^= 1) {
+    const TileOffsets& tile = tiles[current];
+    TileOffsets& next = tiles[current ^ 1];
+    fill_offsets(p, table, begin + kTile, key_end, next);
+    for (int head = 0; head < heads; ++head) {
+      const int64_t kv_head = item.head_begin + head;
+      Ahead<T> ahead{nullptr, nullptr, nullptr};
+      if (head + 1 < heads) {
+        ahead = {k_base + (kv_head + 1) * p.k.head_stride, v_base + (kv_head + 1) * p.v.head_stride, &tile};
+      } else if (next.count > 0) {
+        ahead = {k_base + item.head_begin * p.k.head_stride, v_base + item.head_begin * p.v.head_stride, &next};
+      }
+      const T* k = k_base + kv_head * p.k.head_stride;
+      const T* v = v_base + kv_head * p.v.head_stride;
+      for (int row = 0; row < rows; row += kRowGroup) {
+        const int64_t at = static_cast<int64_t>(head) * rows + row;
+        groups[row / kRowGroup](q_staged + at * q_stride, q_stride, k, v, tile, begin, visible + row, p.head_dim,
+                                p.v_head_dim, scale, state.m + at, state.l + at, state.o + at * state.stride,
+                                state.stride, ahead);
+        ahead.tile = nullptr;  // asked for once
+      }
     }
+  }
 }
 
 }  // namespace pagedcore::cpu::PAGEDCORE_ISA

@@ -14,8 +14,8 @@ void parallel(int num_threads, void (*body)(void* context, int thread), void* co
 
 template <class Body>
 void parallel(int num_threads, const Body& body) {
-    const auto call = [](void* context, int thread) { (*static_cast<const Body*>(context))(thread); };
-    parallel(num_threads, call, const_cast<Body*>(&body));
+  const auto call = [](void* context, int thread) { (*static_cast<const Body*>(context))(thread); };
+  parallel(num_threads, call, const_cast<Body*>(&body));
 }
 
 // "libgomp.so.1", ... or "own threads"; for diagnostics.

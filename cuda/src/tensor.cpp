@@ -12,301 +12,295 @@ namespace {
 // Types whose exchange API was looked up: one attribute lookup and capsule check per type and process. Guarded by the
 // GIL.
 struct TypeApi {
-    PyTypeObject* type;
-    const dlpack::ExchangeApi* api;
+  PyTypeObject* type;
+  const dlpack::ExchangeApi* api;
 };
 std::array<TypeApi, 8> known_types{};
 int num_known_types = 0;
 
 const dlpack::ExchangeApi* usable(const dlpack::ExchangeApi* api) {
-    while (api && api->version.major != 1)
-        api = api->previous;
-    return api && api->view ? api : nullptr;
+  while (api && api->version.major != 1) api = api->previous;
+  return api && api->view ? api : nullptr;
 }
 
 const dlpack::ExchangeApi* lookup_api(PyTypeObject* type) {
-    for (const char* name : {"__dlpack_c_exchange_api__", "__c_dlpack_exchange_api__"}) {
-        const auto attribute =
-            py::reinterpret_steal<py::object>(PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), name));
-        if (!attribute) {
-            PyErr_Clear();
-            continue;
-        }
-        void* pointer = nullptr;
-        if (PyCapsule_IsValid(attribute.ptr(), "dlpack_exchange_api")) {
-            pointer = PyCapsule_GetPointer(attribute.ptr(), "dlpack_exchange_api");
-        } else if (PyLong_Check(attribute.ptr())) {
-            pointer = PyLong_AsVoidPtr(attribute.ptr());  // the older name is an address
-            if (!pointer) PyErr_Clear();
-        }
-        if (const auto* api = usable(static_cast<const dlpack::ExchangeApi*>(pointer))) return api;
+  for (const char* name : {"__dlpack_c_exchange_api__", "__c_dlpack_exchange_api__"}) {
+    const auto attribute =
+        py::reinterpret_steal<py::object>(PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), name));
+    if (!attribute) {
+      PyErr_Clear();
+      continue;
     }
-    return nullptr;
+    void* pointer = nullptr;
+    if (PyCapsule_IsValid(attribute.ptr(), "dlpack_exchange_api")) {
+      pointer = PyCapsule_GetPointer(attribute.ptr(), "dlpack_exchange_api");
+    } else if (PyLong_Check(attribute.ptr())) {
+      pointer = PyLong_AsVoidPtr(attribute.ptr());  // the older name is an address
+      if (!pointer) PyErr_Clear();
+    }
+    if (const auto* api = usable(static_cast<const dlpack::ExchangeApi*>(pointer))) return api;
+  }
+  return nullptr;
 }
 
 const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
-    for (int i = 0; i < num_known_types; ++i) {
-        if (known_types[static_cast<size_t>(i)].type == type) return known_types[static_cast<size_t>(i)].api;
-    }
-    const dlpack::ExchangeApi* api = lookup_api(type);
-    if (num_known_types < static_cast<int>(known_types.size())) {
-        Py_INCREF(type);  // the entry outlives any reference of the caller
-        known_types[static_cast<size_t>(num_known_types++)] = {type, api};
-    }
-    return api;
+  for (int i = 0; i < num_known_types; ++i) {
+    if (known_types[static_cast<size_t>(i)].type == type) return known_types[static_cast<size_t>(i)].api;
+  }
+  const dlpack::ExchangeApi* api = lookup_api(type);
+  if (num_known_types < static_cast<int>(known_types.size())) {
+    Py_INCREF(type);  // the entry outlives any reference of the caller
+    known_types[static_cast<size_t>(num_known_types++)] = {type, api};
+  }
+  return api;
 }
 
 std::string shape_text(const Tensor& tensor) {
-    std::string text = "[";
-    for (int i = 0; i < tensor.ndim; ++i)
-        text += (i ? ", " : "") + std::to_string(tensor.shape[static_cast<size_t>(i)]);
-    return text + "]";
+  std::string text = "[";
+  for (int i = 0; i < tensor.ndim; ++i) text += (i ? ", " : "") + std::to_string(tensor.shape[static_cast<size_t>(i)]);
+  return text + "]";
 }
 
 }  // namespace
 
 Tensor::Tensor(const char* name, py::handle object) : name(name) {
-    if (from_exchange_api(object) || from_buffer(object) || from_array_interface(object)) return;
-    throw ArgumentError(Fault::type, name,
-                        "a tensor (torch, NumPy, or any with DLPack's C exchange API or the buffer protocol)",
-                        Py_TYPE(object.ptr())->tp_name);
+  if (from_exchange_api(object) || from_buffer(object) || from_array_interface(object)) return;
+  throw ArgumentError(Fault::type, name,
+                      "a tensor (torch, NumPy, or any with DLPack's C exchange API or the buffer protocol)",
+                      Py_TYPE(object.ptr())->tp_name);
 }
 
 Tensor::~Tensor() {
-    if (has_view_) PyBuffer_Release(&view_);
+  if (has_view_) PyBuffer_Release(&view_);
 }
 
 int64_t Tensor::size() const {
-    int64_t n = 1;
-    for (int i = 0; i < ndim; ++i)
-        n *= shape[static_cast<size_t>(i)];
-    return n;
+  int64_t n = 1;
+  for (int i = 0; i < ndim; ++i) n *= shape[static_cast<size_t>(i)];
+  return n;
 }
 
 void Tensor::require_cpu(int32_t device_type) const {
-    if (device_type == dlpack::kCPU || device_type == dlpack::kCUDAHost) return;
-    throw ArgumentError(Fault::invalid_argument, name, "a tensor on the CPU",
-                        device_type == dlpack::kCUDA || device_type == dlpack::kCUDAManaged
-                            ? "one on a CUDA device"
-                            : "one on DLPack device type " + std::to_string(device_type));
+  if (device_type == dlpack::kCPU || device_type == dlpack::kCUDAHost) return;
+  throw ArgumentError(Fault::invalid_argument, name, "a tensor on the CPU",
+                      device_type == dlpack::kCUDA || device_type == dlpack::kCUDAManaged
+                          ? "one on a CUDA device"
+                          : "one on DLPack device type " + std::to_string(device_type));
 }
 
 void Tensor::set_dtype(uint8_t code, int bits, const std::string& shown) {
-    element_size = bits / 8;
-    if (code == dlpack::kFloat && bits == 32)
-        dtype = DType::f32;
-    else if (code == dlpack::kFloat && bits == 16)
-        dtype = DType::f16;
-    else if (code == dlpack::kBfloat && bits == 16)
-        dtype = DType::bf16;
-    else if (code == dlpack::kInt && bits == 32)
-        dtype = DType::i32;
-    else if (code == dlpack::kInt && bits == 64)
-        dtype = DType::i64;
-    else if (code == dlpack::kUInt && bits == 8)
-        dtype = DType::u8;
-    else
-        throw ArgumentError(Fault::invalid_argument, name, "dtype float32, float16, bfloat16, int32, int64 or uint8",
-                            shown);
+  element_size = bits / 8;
+  if (code == dlpack::kFloat && bits == 32)
+    dtype = DType::f32;
+  else if (code == dlpack::kFloat && bits == 16)
+    dtype = DType::f16;
+  else if (code == dlpack::kBfloat && bits == 16)
+    dtype = DType::bf16;
+  else if (code == dlpack::kInt && bits == 32)
+    dtype = DType::i32;
+  else if (code == dlpack::kInt && bits == 64)
+    dtype = DType::i64;
+  else if (code == dlpack::kUInt && bits == 8)
+    dtype = DType::u8;
+  else
+    throw ArgumentError(Fault::invalid_argument, name, "dtype float32, float16, bfloat16, int32, int64 or uint8",
+                        shown);
 }
 
 bool Tensor::from_exchange_api(py::handle object) {
-    const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(object.ptr()));
-    if (!api) return false;
-    dlpack::Tensor view{};
-    if (api->view(object.ptr(), &view) != 0) {
-        std::string reason = "one that DLPack cannot show";
-        if (PyErr_Occurred()) {
-            const py::error_already_set error;
-            reason += std::string(" (") + error.what() + ")";
-        }
-        throw ArgumentError(Fault::invalid_argument, name, "a dense tensor with memory of its own", reason);
+  const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(object.ptr()));
+  if (!api) return false;
+  dlpack::Tensor view{};
+  if (api->view(object.ptr(), &view) != 0) {
+    std::string reason = "one that DLPack cannot show";
+    if (PyErr_Occurred()) {
+      const py::error_already_set error;
+      reason += std::string(" (") + error.what() + ")";
     }
-    require_cpu(view.device.type);
-    if (view.ndim > kMaxDims)
-        throw ArgumentError(Fault::invalid_argument, name, "at most 6 dimensions", std::to_string(view.ndim));
-    if (view.dtype.lanes != 1) throw ArgumentError(Fault::invalid_argument, name, "a scalar dtype", "a vector dtype");
-    set_dtype(view.dtype.code, view.dtype.bits,
-              "DLPack type (" + std::to_string(view.dtype.code) + ", " + std::to_string(view.dtype.bits) + " bits)");
-    data = static_cast<char*>(view.data) + view.byte_offset;
-    ndim = view.ndim;
-    int64_t dense = 1;
-    for (int i = ndim - 1; i >= 0; --i) {
-        shape[static_cast<size_t>(i)] = view.shape[i];
-        strides[static_cast<size_t>(i)] = view.strides ? view.strides[i] : dense;
-        dense *= view.shape[i];
-    }
-    return true;
+    throw ArgumentError(Fault::invalid_argument, name, "a dense tensor with memory of its own", reason);
+  }
+  require_cpu(view.device.type);
+  if (view.ndim > kMaxDims)
+    throw ArgumentError(Fault::invalid_argument, name, "at most 6 dimensions", std::to_string(view.ndim));
+  if (view.dtype.lanes != 1) throw ArgumentError(Fault::invalid_argument, name, "a scalar dtype", "a vector dtype");
+  set_dtype(view.dtype.code, view.dtype.bits,
+            "DLPack type (" + std::to_string(view.dtype.code) + ", " + std::to_string(view.dtype.bits) + " bits)");
+  data = static_cast<char*>(view.data) + view.byte_offset;
+  ndim = view.ndim;
+  int64_t dense = 1;
+  for (int i = ndim - 1; i >= 0; --i) {
+    shape[static_cast<size_t>(i)] = view.shape[i];
+    strides[static_cast<size_t>(i)] = view.strides ? view.strides[i] : dense;
+    dense *= view.shape[i];
+  }
+  return true;
 }
 
 bool Tensor::from_buffer(py::handle object) {
-    if (!PyObject_CheckBuffer(object.ptr())) return false;
-    if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_STRIDES | PyBUF_FORMAT) != 0) {
-        PyErr_Clear();
-        return false;
+  if (!PyObject_CheckBuffer(object.ptr())) return false;
+  if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_STRIDES | PyBUF_FORMAT) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  has_view_ = true;
+  read_only = view_.readonly != 0;
+  const char* format = view_.format ? view_.format : "B";
+  if (*format == '@' || *format == '=' || *format == '<') ++format;
+  const std::string shown = std::string("buffer format '") + (view_.format ? view_.format : "B") + "'";
+  const int bits = static_cast<int>(view_.itemsize) * 8;
+  const bool single = format[0] != '\0' && format[1] == '\0';
+  if (single && std::strchr("fe", *format))
+    set_dtype(dlpack::kFloat, bits, shown);
+  else if (single && std::strchr("ilq", *format))
+    set_dtype(dlpack::kInt, bits, shown);
+  else if (single && *format == 'B')
+    set_dtype(dlpack::kUInt, bits, shown);
+  else
+    set_dtype(255, bits, shown);
+  if (view_.ndim > kMaxDims)
+    throw ArgumentError(Fault::invalid_argument, name, "at most 6 dimensions", std::to_string(view_.ndim));
+  data = static_cast<char*>(view_.buf);
+  ndim = view_.ndim;
+  for (int i = 0; i < ndim; ++i) {
+    if (view_.strides[i] % view_.itemsize != 0) {
+      throw ArgumentError(Fault::invalid_argument, name, "strides that are multiples of the element size",
+                          std::to_string(view_.strides[i]) + " bytes");
     }
-    has_view_ = true;
-    read_only = view_.readonly != 0;
-    const char* format = view_.format ? view_.format : "B";
-    if (*format == '@' || *format == '=' || *format == '<') ++format;
-    const std::string shown = std::string("buffer format '") + (view_.format ? view_.format : "B") + "'";
-    const int bits = static_cast<int>(view_.itemsize) * 8;
-    const bool single = format[0] != '\0' && format[1] == '\0';
-    if (single && std::strchr("fe", *format))
-        set_dtype(dlpack::kFloat, bits, shown);
-    else if (single && std::strchr("ilq", *format))
-        set_dtype(dlpack::kInt, bits, shown);
-    else if (single && *format == 'B')
-        set_dtype(dlpack::kUInt, bits, shown);
-    else
-        set_dtype(255, bits, shown);
-    if (view_.ndim > kMaxDims)
-        throw ArgumentError(Fault::invalid_argument, name, "at most 6 dimensions", std::to_string(view_.ndim));
-    data = static_cast<char*>(view_.buf);
-    ndim = view_.ndim;
-    for (int i = 0; i < ndim; ++i) {
-        if (view_.strides[i] % view_.itemsize != 0) {
-            throw ArgumentError(Fault::invalid_argument, name, "strides that are multiples of the element size",
-                                std::to_string(view_.strides[i]) + " bytes");
-        }
-        shape[static_cast<size_t>(i)] = view_.shape[i];
-        strides[static_cast<size_t>(i)] = view_.strides[i] / view_.itemsize;
-    }
-    return true;
+    shape[static_cast<size_t>(i)] = view_.shape[i];
+    strides[static_cast<size_t>(i)] = view_.strides[i] / view_.itemsize;
+  }
+  return true;
 }
 
 bool Tensor::from_array_interface(py::handle object) {
-    if (!py::hasattr(object, "__array_interface__") || !py::hasattr(object, "dtype")) return false;
-    const auto interface = py::cast<py::dict>(object.attr("__array_interface__"));
-    const std::string dtype_text = py::str(object.attr("dtype"));
-    const auto shape_tuple = py::cast<py::tuple>(interface["shape"]);
-    const auto pointer = py::cast<py::tuple>(interface["data"]);
-    if (dtype_text != "bfloat16") set_dtype(255, 0, "dtype " + dtype_text);
-    set_dtype(dlpack::kBfloat, 16, dtype_text);
-    if (shape_tuple.size() > kMaxDims)
-        throw ArgumentError(Fault::invalid_argument, name, "at most 6 dimensions", std::to_string(shape_tuple.size()));
-    data = reinterpret_cast<char*>(py::cast<uintptr_t>(pointer[0]));
-    read_only = py::cast<bool>(pointer[1]);
-    ndim = static_cast<int>(shape_tuple.size());
-    const py::object given = interface.contains("strides") ? py::object(interface["strides"]) : py::none();
-    int64_t dense = 1;
-    for (int i = ndim - 1; i >= 0; --i) {
-        const auto axis = static_cast<size_t>(i);
-        shape[axis] = py::cast<int64_t>(shape_tuple[axis]);
-        if (given.is_none()) {
-            strides[axis] = dense;
-        } else {
-            const auto bytes = py::cast<int64_t>(py::cast<py::tuple>(given)[axis]);
-            if (bytes % 2 != 0)
-                throw ArgumentError(Fault::invalid_argument, name, "strides that are multiples of the element size",
-                                    std::to_string(bytes) + " bytes");
-            strides[axis] = bytes / 2;
-        }
-        dense *= shape[axis];
+  if (!py::hasattr(object, "__array_interface__") || !py::hasattr(object, "dtype")) return false;
+  const auto interface = py::cast<py::dict>(object.attr("__array_interface__"));
+  const std::string dtype_text = py::str(object.attr("dtype"));
+  const auto shape_tuple = py::cast<py::tuple>(interface["shape"]);
+  const auto pointer = py::cast<py::tuple>(interface["data"]);
+  if (dtype_text != "bfloat16") set_dtype(255, 0, "dtype " + dtype_text);
+  set_dtype(dlpack::kBfloat, 16, dtype_text);
+  if (shape_tuple.size() > kMaxDims)
+    throw ArgumentError(Fault::invalid_argument, name, "at most 6 dimensions", std::to_string(shape_tuple.size()));
+  data = reinterpret_cast<char*>(py::cast<uintptr_t>(pointer[0]));
+  read_only = py::cast<bool>(pointer[1]);
+  ndim = static_cast<int>(shape_tuple.size());
+  const py::object given = interface.contains("strides") ? py::object(interface["strides"]) : py::none();
+  int64_t dense = 1;
+  for (int i = ndim - 1; i >= 0; --i) {
+    const auto axis = static_cast<size_t>(i);
+    shape[axis] = py::cast<int64_t>(shape_tuple[axis]);
+    if (given.is_none()) {
+      strides[axis] = dense;
+    } else {
+      const auto bytes = py::cast<int64_t>(py::cast<py::tuple>(given)[axis]);
+      if (bytes % 2 != 0)
+        throw ArgumentError(Fault::invalid_argument, name, "strides that are multiples of the element size",
+                            std::to_string(bytes) + " bytes");
+      strides[axis] = bytes / 2;
     }
-    return true;
+    dense *= shape[axis];
+  }
+  return true;
 }
 
 void Sizes::match(const Tensor& tensor, std::initializer_list<const char*> symbols) {
-    if (tensor.ndim != static_cast<int>(symbols.size())) {
-        std::string expected = "[";
-        for (const char* symbol : symbols)
-            expected += (expected.size() > 1 ? ", " : "") + std::string(symbol);
-        throw ArgumentError(Fault::invalid_argument, tensor.name, "shape " + expected + "]", shape_text(tensor));
+  if (tensor.ndim != static_cast<int>(symbols.size())) {
+    std::string expected = "[";
+    for (const char* symbol : symbols) expected += (expected.size() > 1 ? ", " : "") + std::string(symbol);
+    throw ArgumentError(Fault::invalid_argument, tensor.name, "shape " + expected + "]", shape_text(tensor));
+  }
+  size_t axis = 0;
+  for (const char* symbol : symbols) {
+    const int64_t size = tensor.shape[axis++];
+    int i = 0;
+    while (i < count_ && std::strcmp(entries_[static_cast<size_t>(i)].symbol, symbol) != 0) ++i;
+    if (i == count_) {
+      entries_[static_cast<size_t>(count_++)] = {symbol, size, tensor.name};
+    } else if (const Entry& entry = entries_[static_cast<size_t>(i)]; entry.size != size) {
+      throw ArgumentError(Fault::invalid_argument, tensor.name,
+                          std::string(symbol) + " = " + std::to_string(entry.size) + " on axis " +
+                              std::to_string(axis - 1) +
+                              (entry.owner ? std::string(" (as ") + entry.owner + " has)" : ""),
+                          "shape " + shape_text(tensor));
     }
-    size_t axis = 0;
-    for (const char* symbol : symbols) {
-        const int64_t size = tensor.shape[axis++];
-        int i = 0;
-        while (i < count_ && std::strcmp(entries_[static_cast<size_t>(i)].symbol, symbol) != 0)
-            ++i;
-        if (i == count_) {
-            entries_[static_cast<size_t>(count_++)] = {symbol, size, tensor.name};
-        } else if (const Entry& entry = entries_[static_cast<size_t>(i)]; entry.size != size) {
-            throw ArgumentError(Fault::invalid_argument, tensor.name,
-                                std::string(symbol) + " = " + std::to_string(entry.size) + " on axis " +
-                                    std::to_string(axis - 1) +
-                                    (entry.owner ? std::string(" (as ") + entry.owner + " has)" : ""),
-                                "shape " + shape_text(tensor));
-        }
-    }
-    const auto last = static_cast<size_t>(tensor.ndim - 1);
-    if (tensor.ndim > 0 && tensor.shape[last] > 1 && tensor.strides[last] != 1) {
-        throw ArgumentError(Fault::invalid_argument, tensor.name, "a contiguous last axis (stride 1)",
-                            "stride " + std::to_string(tensor.strides[last]));
-    }
+  }
+  const auto last = static_cast<size_t>(tensor.ndim - 1);
+  if (tensor.ndim > 0 && tensor.shape[last] > 1 && tensor.strides[last] != 1) {
+    throw ArgumentError(Fault::invalid_argument, tensor.name, "a contiguous last axis (stride 1)",
+                        "stride " + std::to_string(tensor.strides[last]));
+  }
 }
 
 int64_t Sizes::operator[](const char* symbol) const {
-    for (int i = 0; i < count_; ++i) {
-        if (std::strcmp(entries_[static_cast<size_t>(i)].symbol, symbol) == 0)
-            return entries_[static_cast<size_t>(i)].size;
-    }
-    throw std::logic_error(std::string("unknown size ") + symbol);
+  for (int i = 0; i < count_; ++i) {
+    if (std::strcmp(entries_[static_cast<size_t>(i)].symbol, symbol) == 0) return entries_[static_cast<size_t>(i)].size;
+  }
+  throw std::logic_error(std::string("unknown size ") + symbol);
 }
 
 const char* dtype_name(DType dtype) {
-    switch (dtype) {
-        case DType::f32:
-            return "float32";
-        case DType::f16:
-            return "float16";
-        case DType::bf16:
-            return "bfloat16";
-        case DType::i32:
-            return "int32";
-        case DType::i64:
-            return "int64";
-        default:
-            return "uint8";
-    }
+  switch (dtype) {
+    case DType::f32:
+      return "float32";
+    case DType::f16:
+      return "float16";
+    case DType::bf16:
+      return "bfloat16";
+    case DType::i32:
+      return "int32";
+    case DType::i64:
+      return "int64";
+    default:
+      return "uint8";
+  }
 }
 
 void require_dtype(const Tensor& tensor, std::initializer_list<DType> allowed) {
-    std::string names;
-    for (const DType dtype : allowed) {
-        if (tensor.dtype == dtype) return;
-        names += (names.empty() ? "" : " or ") + std::string(dtype_name(dtype));
-    }
-    throw ArgumentError(Fault::invalid_argument, tensor.name, "dtype " + names, dtype_name(tensor.dtype));
+  std::string names;
+  for (const DType dtype : allowed) {
+    if (tensor.dtype == dtype) return;
+    names += (names.empty() ? "" : " or ") + std::string(dtype_name(dtype));
+  }
+  throw ArgumentError(Fault::invalid_argument, tensor.name, "dtype " + names, dtype_name(tensor.dtype));
 }
 
 void require_same_dtype(const Tensor& tensor, const Tensor& reference) {
-    if (tensor.dtype == reference.dtype) return;
-    throw ArgumentError(Fault::invalid_argument, tensor.name,
-                        std::string("dtype ") + dtype_name(reference.dtype) + " (as " + reference.name + " has)",
-                        dtype_name(tensor.dtype));
+  if (tensor.dtype == reference.dtype) return;
+  throw ArgumentError(Fault::invalid_argument, tensor.name,
+                      std::string("dtype ") + dtype_name(reference.dtype) + " (as " + reference.name + " has)",
+                      dtype_name(tensor.dtype));
 }
 
 void require_writable(const Tensor& tensor) {
-    if (tensor.read_only)
-        throw ArgumentError(Fault::invalid_argument, tensor.name, "writable memory", "a read-only array");
+  if (tensor.read_only)
+    throw ArgumentError(Fault::invalid_argument, tensor.name, "writable memory", "a read-only array");
 }
 
 namespace {
 
 struct Span {
-    const char *begin, *end;
+  const char *begin, *end;
 };
 
 Span span_of(const Tensor& tensor) {
-    int64_t low = 0, high = 0;
-    for (int i = 0; i < tensor.ndim; ++i) {
-        const auto axis = static_cast<size_t>(i);
-        if (tensor.shape[axis] == 0) return {tensor.data, tensor.data};
-        const int64_t extent = (tensor.shape[axis] - 1) * tensor.strides[axis];
-        (extent < 0 ? low : high) += extent;
-    }
-    return {tensor.data + low * tensor.element_size, tensor.data + (high + 1) * tensor.element_size};
+  int64_t low = 0, high = 0;
+  for (int i = 0; i < tensor.ndim; ++i) {
+    const auto axis = static_cast<size_t>(i);
+    if (tensor.shape[axis] == 0) return {tensor.data, tensor.data};
+    const int64_t extent = (tensor.shape[axis] - 1) * tensor.strides[axis];
+    (extent < 0 ? low : high) += extent;
+  }
+  return {tensor.data + low * tensor.element_size, tensor.data + (high + 1) * tensor.element_size};
 }
 
 }  // namespace
 
 void require_disjoint(const Tensor& written, const Tensor& read) {
-    const Span a = span_of(written), b = span_of(read);
-    if (a.begin == a.end || b.begin == b.end || a.end <= b.begin || b.end <= a.begin) return;
-    throw ArgumentError(Fault::invalid_argument, written.name, std::string("memory apart from ") + read.name,
-                        "overlapping memory");
+  const Span a = span_of(written), b = span_of(read);
+  if (a.begin == a.end || b.begin == b.end || a.end <= b.begin || b.end <= a.begin) return;
+  throw ArgumentError(Fault::invalid_argument, written.name, std::string("memory apart from ") + read.name,
+                      "overlapping memory");
 }
 
 }  // namespace pagedcore

@@ -16,56 +16,56 @@ namespace pagedcore {
 // A borrowed tensor argument. Taken from the DLPack C exchange API where the type has one (torch), else from the buffer
 // protocol (NumPy), else from __array_interface__ (ml_dtypes' bfloat16, which the buffer protocol cannot name).
 class Tensor {
-public:
-    static constexpr int kMaxDims = 6;
+ public:
+  static constexpr int kMaxDims = 6;
 
-    Tensor(const char* name, pybind11::handle object);
-    ~Tensor();
-    Tensor(const Tensor&) = delete;
-    Tensor& operator=(const Tensor&) = delete;
+  Tensor(const char* name, pybind11::handle object);
+  ~Tensor();
+  Tensor(const Tensor&) = delete;
+  Tensor& operator=(const Tensor&) = delete;
 
-    const char* name;
-    char* data = nullptr;
-    DType dtype = DType::f32;
-    int element_size = 0;
-    int ndim = 0;
-    std::array<int64_t, kMaxDims> shape{};
-    std::array<int64_t, kMaxDims> strides{};  // in elements
-    bool read_only = false;
+  const char* name;
+  char* data = nullptr;
+  DType dtype = DType::f32;
+  int element_size = 0;
+  int ndim = 0;
+  std::array<int64_t, kMaxDims> shape{};
+  std::array<int64_t, kMaxDims> strides{};  // in elements
+  bool read_only = false;
 
-    int64_t size() const;
-    template <class T>
-    T* as() const {
-        return reinterpret_cast<T*>(data);
-    }
+  int64_t size() const;
+  template <class T>
+  T* as() const {
+    return reinterpret_cast<T*>(data);
+  }
 
-private:
-    bool from_exchange_api(pybind11::handle object);
-    bool from_buffer(pybind11::handle object);
-    bool from_array_interface(pybind11::handle object);
-    void set_dtype(uint8_t code, int bits, const std::string& shown);
-    void require_cpu(int32_t device_type) const;
+ private:
+  bool from_exchange_api(pybind11::handle object);
+  bool from_buffer(pybind11::handle object);
+  bool from_array_interface(pybind11::handle object);
+  void set_dtype(uint8_t code, int bits, const std::string& shown);
+  void require_cpu(int32_t device_type) const;
 
-    Py_buffer view_{};
-    bool has_view_ = false;
+  Py_buffer view_{};
+  bool has_view_ = false;
 };
 
 // Symbolic sizes, unified across the arguments of one call: the first tensor to use a symbol fixes it, and a later one
 // that disagrees is told who did.
 class Sizes {
-public:
-    // `symbols` names every axis of the tensor. The last axis must be contiguous.
-    void match(const Tensor& tensor, std::initializer_list<const char*> symbols);
-    int64_t operator[](const char* symbol) const;
+ public:
+  // `symbols` names every axis of the tensor. The last axis must be contiguous.
+  void match(const Tensor& tensor, std::initializer_list<const char*> symbols);
+  int64_t operator[](const char* symbol) const;
 
-private:
-    struct Entry {
-        const char* symbol;
-        int64_t size;
-        const char* owner;
-    };
-    std::array<Entry, 16> entries_{};
-    int count_ = 0;
+ private:
+  struct Entry {
+    const char* symbol;
+    int64_t size;
+    const char* owner;
+  };
+  std::array<Entry, 16> entries_{};
+  int count_ = 0;
 };
 
 const char* dtype_name(DType dtype);
