@@ -127,6 +127,7 @@ static void attend(const AttentionParams& p, const WorkItem& item, int64_t key_b
   for (int64_t row = 0; row < rows; ++row) {
     state.m[row] = -INFINITY;
     state.l[row] = 0.0f;
+    state.w[row] = 0.0f;
   }
   __builtin_memset(state.o, 0, static_cast<unsigned long>(rows * state.stride) * sizeof(float));
   switch (p.dtype) {
@@ -144,6 +145,7 @@ static void fold(State into, State other, int64_t rows) {
     const MergeFactors factors = merge_factors(into.m[row], other.m[row]);
     into.m[row] = factors.m;
     into.l[row] = into.l[row] * factors.a + other.l[row] * factors.b;
+    into.w[row] = into.w[row] * factors.a + other.w[row] * factors.b;
     float* a = into.o + row * into.stride;
     const float* b = other.o + row * other.stride;
     const Vec fa = set1(factors.a), fb = set1(factors.b);
@@ -160,9 +162,9 @@ static void finish_rows(const AttentionParams& p, const WorkItem& item, State st
       for (int g = 0; g < group; ++g, ++row) {
         const int64_t token = p.query_start_loc[item.seq] + query;
         const int64_t query_head = static_cast<int64_t>(head) * group + g;
-        const float l = state.l[row];
-        // A row that saw no key has l = 0 and o = 0.
-        const Vec inverse = set1(l == 0.0f ? 0.0f : 1.0f / l);
+        const float w = state.w[row];
+        // A row that saw no key has w = 0 and o = 0.
+        const Vec inverse = set1(w == 0.0f ? 0.0f : 1.0f / w);
         const float* o = state.o + row * state.stride;
         T* out = static_cast<T*>(p.out) + token * p.out_token_stride + query_head * p.out_head_stride;
         for (int d = 0; d < p.v_head_dim; d += kChunk) {
@@ -173,7 +175,8 @@ static void finish_rows(const AttentionParams& p, const WorkItem& item, State st
             store_partial_chunk(out + d, p.v_head_dim - d, a, b);
           }
         }
-        if (p.lse) p.lse[token * p.lse_token_stride + query_head * p.lse_head_stride] = log_sum_exp(state.m[row], l);
+        if (p.lse)
+          p.lse[token * p.lse_token_stride + query_head * p.lse_head_stride] = log_sum_exp(state.m[row], state.l[row]);
       }
     }
   }

@@ -18,6 +18,8 @@ PAGEDCORE_DECLARE(scalar)
 #ifdef PAGEDCORE_X86
 PAGEDCORE_DECLARE(avx2)
 PAGEDCORE_DECLARE(avx512)
+PAGEDCORE_DECLARE(avx512_bf16)
+PAGEDCORE_DECLARE(avx512_bf16_emulated)
 #endif
 
 namespace {
@@ -32,6 +34,7 @@ std::vector<const Isa*> runnable() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
     list.push_back(&avx512::table);
+    if (__builtin_cpu_supports("avx512bf16")) list.push_back(&avx512_bf16::table);
   }
 #endif
   return list;
@@ -43,6 +46,12 @@ const Isa& find(const char* wanted, const char* source) {
     if (std::strcmp(isa->name, wanted) == 0) return *isa;
     names += (names.empty() ? "" : ", ") + std::string(isa->name);
   }
+#ifdef PAGEDCORE_X86
+  // Not listed: only tests want it.
+  if (std::strcmp(avx512_bf16_emulated::table.name, wanted) == 0 && names.find("avx512") != std::string::npos) {
+    return avx512_bf16_emulated::table;
+  }
+#endif
   throw ArgumentError(Fault::invalid_argument, source, "one that this machine runs (" + names + ")",
                       std::string("'") + wanted + "'");
 }

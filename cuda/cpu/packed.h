@@ -140,6 +140,7 @@ static void attend_packed(const AttentionParams& p, const WorkItem& item, int64_
         const KeyRange visible = visible_keys(p, seq_len, query_len, item.query_begin + (row + r) / group);
         alpha[r] = softmax_step(s + r * kPackedTile, depth, visible.begin - begin, visible.end - begin, scale,
                                 state.m[row + r], state.l[row + r]);
+        state.w[row + r] = state.l[row + r];
       }
       float* o = state.o + row * state.stride;
       for (int d = 0; d < v_stride; d += kMicroColumns) {

@@ -11,17 +11,17 @@
 namespace pagedcore::cpu {
 
 struct Group {
-    int32_t first_item;  // its pieces are items [first_item, first_item + num_pieces), in order
-    int32_t num_pieces;
+  int32_t first_item;  // its pieces are items [first_item, first_item + num_pieces), in order
+  int32_t num_pieces;
 };
 
 struct Plan {
-    std::vector<WorkItem> items;
-    std::vector<int32_t> order;  // indices of items, the most expensive first
-    std::vector<Group> groups;
-    int64_t stream_rows = 0;  // most rows of a streamed item
-    int64_t packed_rows = 0;  // most rows of a packed item
-    int64_t cost = 0;         // keys x rows over all items, for choosing the number of threads
+  std::vector<WorkItem> items;
+  std::vector<int32_t> order;  // indices of items, the most expensive first
+  std::vector<Group> groups;
+  int64_t stream_rows = 0;  // most rows of a streamed item
+  int64_t packed_rows = 0;  // most rows of a packed item
+  int64_t cost = 0;         // keys x rows over all items, for choosing the number of threads
 };
 
 void make_plan(const AttentionParams& params, const Isa& isa, int64_t split_size, int num_threads, Plan& plan);

@@ -94,6 +94,7 @@ PAGEDCORE_FN void load_chunk(const f16* p, Vec& a, Vec& b) {
   b = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + kLanes)));
 }
 
+#ifndef PAGEDCORE_OWN_BF16_CHUNKS
 // Even elements in `a`, odd ones in `b`: one load and two cheap operations for 32 elements. store_chunk undoes the
 // order.
 PAGEDCORE_FN void load_chunk(const bf16* p, Vec& a, Vec& b) {
@@ -101,6 +102,7 @@ PAGEDCORE_FN void load_chunk(const bf16* p, Vec& a, Vec& b) {
   a = _mm512_castsi512_ps(_mm512_slli_epi32(raw, 16));
   b = _mm512_castsi512_ps(_mm512_and_si512(raw, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
 }
+#endif
 
 PAGEDCORE_FN void store_chunk(float* p, Vec a, Vec b) {
   _mm512_storeu_ps(p, a);
@@ -122,10 +124,12 @@ PAGEDCORE_FN __m512i round_to_bf16(Vec v) {
   return _mm512_mask_or_epi32(rounded, nan, u, _mm512_set1_epi32(0x00400000));
 }
 
+#ifndef PAGEDCORE_OWN_BF16_CHUNKS
 PAGEDCORE_FN void store_chunk(bf16* p, Vec a, Vec b) {
   const __m512i even = _mm512_srli_epi32(round_to_bf16(a), 16);
   _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xAAAAAAAAu, even, round_to_bf16(b)));
 }
+#endif
 
 PAGEDCORE_FN void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 

@@ -9,27 +9,34 @@
 // Bytes moved per tile and head: kTile * (head_dim + v_head_dim) * element size, prefetched one (tile, head) ahead.
 #pragma once
 
+#include "dot.h"
+#include "tile.h"
+#include "values.h"
+
+#ifdef PAGEDCORE_DPBF16
+#include "bf16_pairs.h"
+#endif
+
 namespace pagedcore::cpu::PAGEDCORE_ISA {
 
-constexpr int kTile = 64;     // tokens; a multiple of kLanes
-constexpr int kRowGroup = 4;  // query rows that share a loaded K or V row
+// The first n < kChunk elements; the rest are zero.
+template <class T>
+PAGEDCORE_FN void load_partial_operand(const T* p, int n, DotOperand<T>& x) {
+  T whole[kChunk] = {};
+  __builtin_memcpy(whole, p, static_cast<unsigned long>(n) * sizeof(T));
+  load_operand(whole, x);
+}
 
-// Addresses of a tile's tokens relative to head 0 of block 0, in elements. Entries past `count` repeat the last token,
-// so that kernels may compute whole register tiles.
-struct TileOffsets {
-  int64_t k[kTile];
-  int64_t v[kTile];
-  int count;
-};
-
-PAGEDCORE_FN void fill_offsets(const AttentionParams& p, const int32_t* table, int64_t begin, int64_t end,
-                               TileOffsets& tile) {
-  tile.count = static_cast<int>(end - begin < kTile ? end - begin : kTile);
-  if (tile.count <= 0) return;
-  token_offsets(p, table, begin, tile.count, tile.k, tile.v);
-  for (int t = tile.count; t < kTile; ++t) {
-    tile.k[t] = tile.k[tile.count - 1];
-    tile.v[t] = tile.v[tile.count - 1];
+template <class T>
+PAGEDCORE_FN void stage_query(const T* row, int dim, float* staged) {
+  for (int d = 0; d < dim; d += kChunk) {
+    DotOperand<T> x;
+    if (dim - d >= kChunk) {
+      load_operand(row + d, x);
+    } else {
+      load_partial_operand(row + d, dim - d, x);
+    }
+    stage_operand(staged + d, x);
   }
 }
 
@@ -65,19 +72,21 @@ PAGEDCORE_FN void stream_scores(const float* q, int64_t q_stride, const T* k, co
     Vec sums[kLanes];
     for (int i = 0; i < kLanes; ++i) sums[i] = zero();
     for (int d = 0; d < whole; d += kChunk) {
-      Vec a[kCols], b[kCols];
-      for (int c = 0; c < kCols; ++c) load_chunk(row[c] + d, a[c], b[c]);
+      DotOperand<T> keys[kCols];
+      for (int c = 0; c < kCols; ++c) load_operand(row[c] + d, keys[c]);
       for (int r = 0; r < R; ++r) {
-        const Vec qa = load(q + r * q_stride + d), qb = load(q + r * q_stride + d + kLanes);
-        for (int c = 0; c < kCols; ++c) sums[r * kCols + c] = fma(qb, b[c], fma(qa, a[c], sums[r * kCols + c]));
+        DotOperand<T> query;
+        load_staged(q + r * q_stride + d, query);
+        for (int c = 0; c < kCols; ++c) sums[r * kCols + c] = multiply_add(query, keys[c], sums[r * kCols + c]);
       }
     }
     if (whole < dim) {
-      Vec a[kCols], b[kCols];
-      for (int c = 0; c < kCols; ++c) load_partial_chunk(row[c] + whole, dim - whole, a[c], b[c]);
+      DotOperand<T> keys[kCols];
+      for (int c = 0; c < kCols; ++c) load_partial_operand(row[c] + whole, dim - whole, keys[c]);
       for (int r = 0; r < R; ++r) {
-        const Vec qa = load(q + r * q_stride + whole), qb = load(q + r * q_stride + whole + kLanes);
-        for (int c = 0; c < kCols; ++c) sums[r * kCols + c] = fma(qb, b[c], fma(qa, a[c], sums[r * kCols + c]));
+        DotOperand<T> query;
+        load_staged(q + r * q_stride + whole, query);
+        for (int c = 0; c < kCols; ++c) sums[r * kCols + c] = multiply_add(query, keys[c], sums[r * kCols + c]);
       }
     }
     float dots[kLanes];
@@ -86,48 +95,12 @@ PAGEDCORE_FN void stream_scores(const float* q, int64_t q_stride, const T* k, co
   }
 }
 
-// o[r] = alpha[r] * o[r] + sum over tokens of weights[r * kTile + t] * V[t], for N chunks at o and v.
-template <class T, int R, int N>
-PAGEDCORE_FN void stream_values(const float* weights, const float* alpha, const T* v, const TileOffsets& tile,
-                                int width, float* o, int64_t o_stride) {
-  Vec a[R][N], b[R][N];
-  for (int r = 0; r < R; ++r) {
-    const Vec factor = set1(alpha[r]);
-    for (int n = 0; n < N; ++n) {
-      a[r][n] = mul(factor, load(o + r * o_stride + n * kChunk));
-      b[r][n] = mul(factor, load(o + r * o_stride + n * kChunk + kLanes));
-    }
-  }
-  for (int t = 0; t < tile.count; ++t) {
-    const T* row = v + tile.v[t];
-    for (int n = 0; n < N; ++n) {
-      Vec va, vb;
-      if (width < kChunk) {
-        load_partial_chunk(row + n * kChunk, width, va, vb);
-      } else {
-        load_chunk(row + n * kChunk, va, vb);
-      }
-      for (int r = 0; r < R; ++r) {
-        const Vec weight = set1(weights[r * kTile + t]);
-        a[r][n] = fma(weight, va, a[r][n]);
-        b[r][n] = fma(weight, vb, b[r][n]);
-      }
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int n = 0; n < N; ++n) {
-      store(o + r * o_stride + n * kChunk, a[r][n]);
-      store(o + r * o_stride + n * kChunk + kLanes, b[r][n]);
-    }
-  }
-}
-
 // One group of R rows against one head's tile: scores, softmax step, values. D is head_dim and v_head_dim where they
 // are equal and common, so that loops over a row are unrolled; 0: as the arguments say.
 template <class T, int R, int D>
 static void stream_group(const float* q, int64_t q_stride, const T* k, const T* v, const TileOffsets& tile,
                          int64_t tile_begin, const KeyRange* visible, int any_dim, int any_v_dim, float scale, float* m,
-                         float* l, float* o, int64_t o_stride, const Ahead<T>& ahead) {
+                         float* l, float* w, float* o, int64_t o_stride, const Ahead<T>& ahead) {
   const int dim = D ? D : any_dim, v_dim = D ? D : any_v_dim;
   alignas(64) float scores[kRowGroup * kTile];
   float alpha[R];
@@ -136,17 +109,12 @@ static void stream_group(const float* q, int64_t q_stride, const T* k, const T* 
     alpha[r] = softmax_step(scores + r * kTile, tile.count, visible[r].begin - tile_begin, visible[r].end - tile_begin,
                             scale, m[r], l[r]);
   }
-  constexpr int kStep = kLanes >= 16 ? 2 : 1;  // chunks of o held in registers: 2 * R * kStep vectors
-  int d = 0;
-  for (; d + kStep * kChunk <= v_dim; d += kStep * kChunk) {
-    stream_values<T, R, kStep>(scores, alpha, v + d, tile, kChunk, o + d, o_stride);
-  }
-  for (; d < v_dim; d += kChunk) stream_values<T, R, 1>(scores, alpha, v + d, tile, v_dim - d, o + d, o_stride);
+  add_values<R>(scores, alpha, v, tile, v_dim, l, w, o, o_stride);
 }
 
 template <class T>
 using StreamGroup = void (*)(const float*, int64_t, const T*, const T*, const TileOffsets&, int64_t, const KeyRange*,
-                             int, int, float, float*, float*, float*, int64_t, const Ahead<T>&);
+                             int, int, float, float*, float*, float*, float*, int64_t, const Ahead<T>&);
 
 template <class T, int D>
 PAGEDCORE_FN StreamGroup<T> stream_group_of(int rows) {
@@ -189,7 +157,7 @@ static void attend_stream(const AttentionParams& p, const WorkItem& item, int64_
       const int64_t token = query_start + item.query_begin + row / group;
       const int64_t query_head = static_cast<int64_t>(item.head_begin + head) * group + row % group;
       const T* q = static_cast<const T*>(p.query) + token * p.query_token_stride + query_head * p.query_head_stride;
-      stage_row(q, p.head_dim, q_staged + (static_cast<int64_t>(head) * rows + row) * q_stride);
+      stage_query(q, p.head_dim, q_staged + (static_cast<int64_t>(head) * rows + row) * q_stride);
     }
   }
 
@@ -215,8 +183,8 @@ static void attend_stream(const AttentionParams& p, const WorkItem& item, int64_
       for (int row = 0; row < rows; row += kRowGroup) {
         const int64_t at = static_cast<int64_t>(head) * rows + row;
         groups[row / kRowGroup](q_staged + at * q_stride, q_stride, k, v, tile, begin, visible + row, p.head_dim,
-                                p.v_head_dim, scale, state.m + at, state.l + at, state.o + at * state.stride,
-                                state.stride, ahead);
+                                p.v_head_dim, scale, state.m + at, state.l + at, state.w + at,
+                                state.o + at * state.stride, state.stride, ahead);
         ahead.tile = nullptr;  // asked for once
       }
     }

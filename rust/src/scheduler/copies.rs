@@ -5,13 +5,16 @@ use super::update::HeldCopy;
 use crate::error::Result;
 
 impl Scheduler {
-    /// Collects the copies of the step that has begun: those of cancelled steps whose destination is still wanted,
-    /// and the manager's. The sources are held until `release_copies`.
-    pub(super) fn take_copies(&mut self) -> Result<()> {
+    /// Drops the copies of a cancelled step whose destination has been given up since, and may be somebody else's by
+    /// now. To be called when blocks are given up while no step is in flight, and before the next step's copies are
+    /// collected. O(copies).
+    pub(super) fn drop_stale_copies(&mut self) -> Result<()> {
+        if self.in_flight.step.is_some() || self.in_flight.copies.is_empty() {
+            return Ok(());
+        }
         let manager = &mut self.manager;
         let mut stale = Vec::new();
         self.in_flight.copies.retain(|copy| {
-            // The destination may have been given up since, and be somebody else's by now.
             let wanted = copy.owner.is_none_or(|(seq, index)| {
                 manager
                     .table(seq)
@@ -22,18 +25,22 @@ impl Scheduler {
             }
             wanted
         });
-        let pending = manager.pending_copies();
-        if stale.is_empty() && pending.is_empty() {
+        let (pool, cache) = manager.parts_mut();
+        pool.release(&stale, None, cache)
+    }
+
+    /// Collects the manager's copies for the step that has begun, beside those of a cancelled step. The sources are
+    /// held until `release_copies`.
+    pub(super) fn take_copies(&mut self) -> Result<()> {
+        let pending = self.manager.pending_copies();
+        if pending.is_empty() {
             return Ok(());
         }
         let sources: Vec<_> = pending.iter().map(|&(src, _)| src).collect();
-        self.in_flight
-            .copies
-            .extend(pending.iter().map(|&(src, dst)| HeldCopy { src, dst, owner: None }));
-        let (pool, cache) = manager.parts_mut();
-        pool.retain(&sources)?;
-        pool.release(&stale, None, cache)?;
-        manager.take_block_copies(0)?;
+        let copies = pending.iter().map(|&(src, dst)| HeldCopy { src, dst, owner: None });
+        self.in_flight.copies.extend(copies);
+        self.manager.parts_mut().0.retain(&sources)?;
+        self.manager.take_block_copies(0)?;
         Ok(())
     }
 
@@ -47,8 +54,8 @@ impl Scheduler {
         pool.release(&sources, None, cache)
     }
 
-    /// Before a step is cancelled: finds whose the destinations of its copies are. Each is the block that a sequence
-    /// of the step was about to write first. O(sequences + copies), if there are any.
+    /// Finds whose the destinations of the new copies are. Each is the block that a sequence of the step is about to
+    /// write first. O(sequences + copies), if there are any.
     pub(super) fn find_copy_owners(&mut self) {
         if self.in_flight.copies.iter().all(|copy| copy.owner.is_some()) {
             return;

@@ -201,12 +201,8 @@ impl Scheduler {
             }
             let lead = self.requests[request].lead_row();
             let row = self.rows.get(lead);
-            let computed = row.computed;
             self.stats.prefix_query_tokens += u64::from(row.num_tokens);
-            self.stats.prefix_hit_tokens += u64::from(computed);
-            if row.leads && computed >= self.requests[request].prompt_len {
-                self.fork_siblings(lead)?;
-            }
+            self.stats.prefix_hit_tokens += u64::from(row.computed);
             let place = self.rows.order.partition_point(|&row| {
                 let owner = self.rows.owner(row);
                 owner.rank < self.requests[request].rank

@@ -283,7 +283,7 @@ impl Scheduler {
         } else if orphans {
             self.stop_running(request)?;
         }
-        Ok(())
+        self.drop_stale_copies()
     }
 }
 

@@ -33,7 +33,7 @@ pub(super) struct Sample {
 pub(super) struct HeldCopy {
     pub src: BlockId,
     pub dst: BlockId,
-    /// Whose table `dst` is in, and where: known from the cancellation on.
+    /// Whose table `dst` is in, and where; `None` if it is not of the scheduler's sequences.
     pub owner: Option<(SeqHandle, usize)>,
 }
 
@@ -298,7 +298,6 @@ impl Scheduler {
     }
 
     fn undo(&mut self, step: Step) -> Result<()> {
-        self.find_copy_owners();
         self.complete_step(step)?;
         self.stats.cancelled_steps += 1;
         for i in 0..self.in_flight.entries.len() {
@@ -309,6 +308,6 @@ impl Scheduler {
             // At least from the block of the next token on, so that its slot is looked up again.
             row.changed = row.changed.min(changed).min(row.computed / block_size);
         }
-        Ok(())
+        self.drop_stale_copies()
     }
 }

@@ -84,6 +84,7 @@ impl Scheduler {
 
     /// Begins the step and writes what `decide` has given. O(tokens + table entries that changed).
     pub(super) fn write(&mut self, draft: Draft) -> Result<()> {
+        self.drop_stale_copies()?;
         // Only now: what was given back until here is read by no step.
         let step = self.manager.parts_mut().0.begin_step();
         self.in_flight.step = Some(step);
@@ -121,6 +122,7 @@ impl Scheduler {
         writer.rows(in_flight, &self.requests)?;
         writer.samples(in_flight);
         debug_assert_eq!(writer.updates, counts.table_updates * 3);
+        self.find_copy_owners();
         Ok(())
     }
 }

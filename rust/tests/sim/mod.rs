@@ -11,37 +11,8 @@ use std::hash::{BuildHasher, Hasher};
 
 use pagedcore::{PlannedStep, StepPlan};
 
-/// A small generator (SplitMix64): the same numbers from the same seed for ever.
-pub struct Rng(pub u64);
-
-impl Rng {
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        mix(self.0)
-    }
-
-    /// A number below `n`.
-    pub fn below(&mut self, n: usize) -> usize {
-        usize::try_from(self.next() % n as u64).unwrap()
-    }
-
-    /// A number from `low` to `high`, both included.
-    pub fn between(&mut self, low: usize, high: usize) -> usize {
-        low + self.below(high - low + 1)
-    }
-
-    /// True once in `n` times.
-    pub fn one_in(&mut self, n: usize) -> bool {
-        self.below(n) == 0
-    }
-
-    pub fn pick<'a, T>(&mut self, items: &'a [T]) -> &'a T {
-        &items[self.below(items.len())]
-    }
-}
-
 /// A permutation that mixes all bits.
-fn mix(mut x: u64) -> u64 {
+pub fn mix(mut x: u64) -> u64 {
     x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     x ^ (x >> 31)
@@ -95,6 +66,8 @@ pub struct Tenant {
 pub struct Server {
     pub rows: Vec<Option<Tenant>>,
     slots: Vec<u64>,
+    /// Whose each slot's content is (R6: no block holds two tenants' content).
+    namespaces: Vec<Option<u64>>,
     block_size: usize,
     vocab_size: u32,
     /// A table as it would be kept on a device, changed by `table_updates` alone.
@@ -108,6 +81,7 @@ impl Server {
         Self {
             rows: vec![None; max_num_seqs],
             slots: vec![UNWRITTEN; num_blocks * block_size],
+            namespaces: vec![None; num_blocks * block_size],
             block_size,
             vocab_size,
             device_table: vec![HashMap::new(); max_num_seqs],
@@ -151,6 +125,13 @@ impl Server {
                     "device table, row {row}, entry {entry}"
                 );
             }
+            for (entry, &block) in (0..).zip(table).skip(blocks) {
+                let kept = self.device_table[row].get(&entry).copied().unwrap_or(0);
+                assert!(
+                    block == 0 || block == kept,
+                    "row {row}, entry {entry}: {block}, a leftover"
+                );
+            }
             for t in index(plan.query_start_loc()[i])..index(plan.query_start_loc()[i + 1]) {
                 let position = index(plan.positions()[t]);
                 let before = position.checked_sub(1).map_or(UNWRITTEN, |p| self.read(table, p));
@@ -158,6 +139,15 @@ impl Server {
                 assert!(written.insert(slot), "slot {slot} is written twice in one step");
                 let token = u32::try_from(plan.input_ids()[t]).expect("a known token");
                 self.slots[slot] = tag(namespace, position, token, before);
+                self.namespaces[slot] = Some(namespace);
+            }
+            for &block in &table[..blocks] {
+                let start = index(block) * self.block_size;
+                let foreign = self.namespaces[start..start + self.block_size]
+                    .iter()
+                    .flatten()
+                    .find(|&&n| n != namespace);
+                assert_eq!(foreign, None, "block {block} of {request_id} holds another's content");
             }
         }
         let mut sampled = Vec::new();
@@ -185,6 +175,7 @@ impl Server {
         for &block in plan.blocks_to_zero() {
             let start = index(block) * self.block_size;
             self.slots[start..start + self.block_size].fill(UNWRITTEN);
+            self.namespaces[start..start + self.block_size].fill(None);
         }
         let pairs: Vec<_> = plan
             .block_copies()
@@ -200,10 +191,9 @@ impl Server {
                 pairs[..place].iter().all(|&(_, other)| other != dst),
                 "block {dst} is copied to twice"
             );
-            self.slots.copy_within(
-                src * self.block_size..(src + 1) * self.block_size,
-                dst * self.block_size,
-            );
+            let source = src * self.block_size..(src + 1) * self.block_size;
+            self.slots.copy_within(source.clone(), dst * self.block_size);
+            self.namespaces.copy_within(source, dst * self.block_size);
         }
     }
 
