@@ -91,14 +91,17 @@ impl Scheduler {
     /// Token ids are int32 in a plan, and below the vocabulary's size if it is known.
     pub(super) fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
         let vocab_size = self.config.vocab_size.map_or(1 << 31, |size| size as u64);
-        match tokens.iter().position(|&token| u64::from(token) >= vocab_size) {
-            Some(position) => Err(Error::TokenOutOfRange {
-                token: tokens[position].into(),
-                position,
-                vocab_size,
-            }),
-            None => Ok(()),
+        let outside = |token: u32| u64::from(token) >= vocab_size;
+        // A pass that is done many at a time; where it is matters only if there is one.
+        if tokens.iter().max().is_none_or(|&largest| !outside(largest)) {
+            return Ok(());
         }
+        let position = tokens.iter().position(|&token| outside(token)).unwrap_or_default();
+        Err(Error::TokenOutOfRange {
+            token: tokens[position].into(),
+            position,
+            vocab_size,
+        })
     }
 
     /// Ends a request, or the sequence `index` of it, for a reason of the caller's own ("stop" for a stop string, say).

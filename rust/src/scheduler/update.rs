@@ -145,8 +145,11 @@ impl Scheduler {
         }
         let vocab_size = self.config.vocab_size.map_or(1 << 31, |size| size as u64);
         let in_vocabulary = |token: i32| u64::try_from(token).is_ok_and(|token| token < vocab_size);
-        // One pass that the compiler can do many at a time; which of them it is matters only if there is one.
-        if sampled.iter().all(|&token| in_vocabulary(token)) {
+        // A pass that is done many at a time; which of them it is matters only if there is one.
+        let (low, high) = sampled
+            .iter()
+            .fold((0, 0), |(low, high), &token| (token.min(low), token.max(high)));
+        if in_vocabulary(low) && in_vocabulary(high) {
             return Ok(());
         }
         for (position, (&token, sample)) in sampled.iter().zip(due).enumerate() {
