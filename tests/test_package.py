@@ -43,6 +43,14 @@ def test_every_exported_name_is_there() -> None:
         pagedcore.no_such_name  # noqa: B018
 
 
+def test_a_missing_extra_is_named() -> None:
+    told = run(
+        "import sys; sys.modules['torch'] = None\nimport pagedcore\n"
+        "try: pagedcore.LLM\nexcept ImportError as error: print(error)"
+    )
+    assert told == "pagedcore.LLM needs torch, which is not installed: pip install 'pagedcore[engine]'"
+
+
 def test_everything_public_is_documented() -> None:
     for name in sorted(CORE | {"PrefixHit", "Commit", "StepResult", "Explanation"}):
         cls = getattr(pagedcore, name)

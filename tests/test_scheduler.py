@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from collections import defaultdict
 
 import numpy as np
@@ -371,6 +373,7 @@ def test_configurations_are_values() -> None:
     assert len({one, config(), config(block_size=8)}) == 2
     again = eval(repr(one), {"SchedulerConfig": SchedulerConfig})
     assert again == one
+    assert pickle.loads(pickle.dumps(one)) == copy.deepcopy(one) == one
     with pytest.raises(TypeError):
         SchedulerConfig(8)
     with pytest.raises(AttributeError):

@@ -32,12 +32,14 @@ if TYPE_CHECKING:
     from pagedcore.engine import Engine
     from pagedcore.layout import KVCacheLayout
     from pagedcore.llm import LLM
+    from pagedcore.outputs import CompletionOutput, RequestOutput
     from pagedcore.sampling import SamplingParams
 
 __all__ = [
     "LLM",
     "BlockPool",
     "Commit",
+    "CompletionOutput",
     "Engine",
     "Explanation",
     "KVCacheLayout",
@@ -46,6 +48,7 @@ __all__ = [
     "PagedCoreError",
     "PrefixCache",
     "PrefixHit",
+    "RequestOutput",
     "SamplingParams",
     "Scheduler",
     "SchedulerConfig",
@@ -59,10 +62,12 @@ __all__ = [
 
 # Where the names of levels 4 and 5 come from; a module stands for itself.
 _LAZY = {
-    "LLM": "pagedcore.llm",
+    "CompletionOutput": "pagedcore.outputs",
     "Engine": "pagedcore.engine",
-    "SamplingParams": "pagedcore.sampling",
     "KVCacheLayout": "pagedcore.layout",
+    "LLM": "pagedcore.llm",
+    "RequestOutput": "pagedcore.outputs",
+    "SamplingParams": "pagedcore.sampling",
     "layout": "pagedcore.layout",
     "ops": "pagedcore.ops",
 }
@@ -74,7 +79,13 @@ def __getattr__(name: str) -> Any:
         module_name = _LAZY[name]
     except KeyError:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
-    module = importlib.import_module(module_name)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "pagedcore":
+            raise
+        message = f"pagedcore.{name} needs {error.name}, which is not installed: pip install 'pagedcore[engine]'"
+        raise ModuleNotFoundError(message, name=error.name) from error
     value = module if module_name.endswith(f".{name}") else getattr(module, name)
     globals()[name] = value  # from now on found without this function
     return value

@@ -39,6 +39,11 @@ impl KVGroup {
         })
     }
 
+    /// What pickle makes an equal one from.
+    fn __getnewargs__(&self) -> (Option<u32>,) {
+        (self.window,)
+    }
+
     fn __repr__(&self) -> String {
         self.window
             .map_or_else(|| "KVGroup()".to_owned(), |window| format!("KVGroup(window={window})"))

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{PyDict, PyTuple};
 
 use super::arguments::{self, Arg, type_name};
 use super::core::Core;
@@ -124,6 +124,20 @@ impl SchedulerConfig {
     #[getter]
     fn max_steps_in_flight(&self) -> usize {
         self.0.max_steps_in_flight
+    }
+
+    /// What pickle makes an equal one from.
+    fn __getnewargs_ex__<'py>(&self, py: Python<'py>) -> PyResult<(Bound<'py, PyTuple>, Bound<'py, PyDict>)> {
+        let (c, fields) = (&self.0, PyDict::new(py));
+        fields.set_item("num_blocks", c.num_blocks)?;
+        fields.set_item("block_size", c.block_size)?;
+        fields.set_item("max_num_seqs", c.max_num_seqs)?;
+        fields.set_item("max_num_batched_tokens", c.max_num_batched_tokens)?;
+        fields.set_item("max_model_len", c.max_model_len)?;
+        fields.set_item("vocab_size", c.vocab_size)?;
+        fields.set_item("enable_prefix_caching", c.enable_prefix_caching)?;
+        fields.set_item("max_steps_in_flight", c.max_steps_in_flight)?;
+        Ok((PyTuple::empty(py), fields))
     }
 
     fn __hash__(&self) -> u64 {
