@@ -362,9 +362,8 @@ impl KVCacheManager {
         self.pool.release(&sequence.table, after_step, &mut self.cache)?;
         let mut sequence = self.sequences.remove(seq)?;
         self.scratch.append(&mut sequence.table);
-        self.cache.namespaces_mut().unhold(sequence.namespace);
         self.forget_dropped();
-        Ok(())
+        self.cache.namespaces_mut().unhold(sequence.namespace)
     }
 
     /// Are all token ids in the vocabulary?

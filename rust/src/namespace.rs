@@ -44,7 +44,11 @@ struct Root {
     generation: u32,
     /// None: the place is free.
     key: Option<Arc<NamespaceKey>>,
+    /// Sequences that are in it.
     holds: u64,
+    /// Handles given to callers and not dropped. Apart from `holds`, so that a handle dropped too often cannot end
+    /// the namespace of a sequence.
+    handles: u64,
     nodes: usize,
     tenant: TenantSerial,
     /// Rises when what was published here is withdrawn; see `PrefixCache::era`.
@@ -83,6 +87,29 @@ impl Namespaces {
         root
     }
 
+    /// A handle for the namespace, made if need be.
+    pub(crate) fn open(&mut self, key: NamespaceKey) -> NamespaceHandle {
+        let root = self.find(&key).unwrap_or_else(|| self.make(key));
+        let place = &mut self.roots[root as usize];
+        place.handles += 1;
+        NamespaceHandle::new(root, place.generation)
+    }
+
+    /// The place of a handle that can be dropped once more.
+    pub(crate) fn resolve_open(&self, handle: NamespaceHandle) -> Result<u32> {
+        let root = self.resolve(handle)?;
+        if self.roots[root as usize].handles == 0 {
+            return Err(Self::stale(handle));
+        }
+        Ok(root)
+    }
+
+    /// Drops a handle that `resolve_open` has found.
+    pub(crate) fn close(&mut self, root: u32) {
+        self.roots[root as usize].handles -= 1;
+        self.vanish_if_idle(root);
+    }
+
     fn make(&mut self, key: NamespaceKey) -> u32 {
         let serials = &mut self.serials;
         let tenant = self.tenants.entry(key.tenant.clone()).or_insert_with(|| {
@@ -98,6 +125,7 @@ impl Namespaces {
             generation: 1,
             key: Some(Arc::clone(&key)),
             holds: 0,
+            handles: 0,
             nodes: 0,
             tenant: tenant.serial,
             withdrawals: 0,
@@ -123,11 +151,15 @@ impl Namespaces {
         self.roots[root as usize].holds += 1;
     }
 
-    /// Gives back a hold.
-    pub(crate) fn unhold(&mut self, root: u32) {
+    /// Gives back a sequence's hold.
+    pub(crate) fn unhold(&mut self, root: u32) -> Result<()> {
         let place = &mut self.roots[root as usize];
-        place.holds = place.holds.saturating_sub(1);
+        place.holds = place
+            .holds
+            .checked_sub(1)
+            .ok_or_else(|| Error::corruption("L2", "the holds of a namespace that a sequence gives up", root, 0, 1))?;
         self.vanish_if_idle(root);
+        Ok(())
     }
 
     pub(crate) fn add_node(&mut self, root: u32) {
@@ -142,7 +174,7 @@ impl Namespaces {
 
     fn vanish_if_idle(&mut self, root: u32) {
         let place = &mut self.roots[root as usize];
-        if place.holds > 0 || place.nodes > 0 {
+        if place.holds > 0 || place.handles > 0 || place.nodes > 0 {
             return;
         }
         let Some(key) = place.key.take() else { return };
@@ -157,10 +189,6 @@ impl Namespaces {
         }
     }
 
-    pub(crate) fn handle(&self, root: u32) -> NamespaceHandle {
-        NamespaceHandle::new(root, self.roots[root as usize].generation)
-    }
-
     /// The place of a handle.
     pub(crate) fn resolve(&self, handle: NamespaceHandle) -> Result<u32> {
         match self.roots.get(handle.index()) {
@@ -169,10 +197,14 @@ impl Namespaces {
                 let index = handle.index() as u32;
                 Ok(index)
             }
-            _ => Err(Error::StaleHandle {
-                kind: HandleKind::Namespace,
-                handle: handle.0,
-            }),
+            _ => Err(Self::stale(handle)),
+        }
+    }
+
+    fn stale(handle: NamespaceHandle) -> Error {
+        Error::StaleHandle {
+            kind: HandleKind::Namespace,
+            handle: handle.0,
         }
     }
 
@@ -209,7 +241,7 @@ impl Namespaces {
             }
             let Some(key) = &root.key else { continue };
             living += 1;
-            if root.holds == 0 && root.nodes == 0 {
+            if root.holds == 0 && root.handles == 0 && root.nodes == 0 {
                 return Err(Error::corruption("P6", "an idle namespace", index, 1, 0));
             }
             if self.find(key).is_none_or(|found| found as usize != index) {

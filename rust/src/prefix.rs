@@ -143,24 +143,24 @@ impl PrefixCache {
     /// The namespace of a key, made if need be, and held: it lives at least until
     /// [`drop_namespace`](Self::drop_namespace) is called as often as this. O(length of the key).
     pub fn namespace(&mut self, key: NamespaceKey) -> NamespaceHandle {
-        let root = self.namespaces.hold_key(key);
-        self.namespaces.handle(root)
+        self.namespaces.open(key)
     }
 
-    /// Gives back one hold of a namespace. Its blocks stay findable, unless `purge`: then none of them can be found
-    /// from now on (see [`reset`](Self::reset)). Without holds and blocks the namespace vanishes, and the handle is
+    /// Drops one handle of a namespace. Its blocks stay findable, unless `purge`: then none of them can be found
+    /// from now on (see [`reset`](Self::reset)). Without handles, sequences and blocks the namespace vanishes, and the handle is
     /// stale. O(1), with `purge` O(nodes). Returns how many blocks were withdrawn.
     ///
     /// # Errors
-    /// [`Error::StaleHandle`] if the namespace has vanished. On error nothing changes.
+    /// [`Error::StaleHandle`] if it was dropped as often as it was asked for, or the namespace has vanished. On error
+    /// nothing changes.
     pub fn drop_namespace(&mut self, pool: &mut BlockPool, namespace: NamespaceHandle, purge: bool) -> Result<usize> {
-        let root = self.namespaces.resolve(namespace)?;
+        let root = self.namespaces.resolve_open(namespace)?;
         let mut withdrawn = 0;
         if purge {
             self.namespaces.withdraw(root);
             withdrawn = self.withdraw(pool, Some(root));
         }
-        self.namespaces.unhold(root);
+        self.namespaces.close(root);
         Ok(withdrawn)
     }
 

@@ -225,7 +225,13 @@ impl World {
             }
             Op::Drop(pick, purge) => {
                 let Some((namespace, handle)) = self.namespace(*pick) else {
-                    return self.drop_stale(*purge);
+                    // Dropped as often as asked for, but alive as long as it has blocks.
+                    self.stale.extend(self.holds[*pick % NAMESPACES].0);
+                    self.drop_stale(*purge);
+                    if self.holds[*pick % NAMESPACES].0.is_some() {
+                        self.stale.pop();
+                    }
+                    return;
                 };
                 let withdrawn = self.withdraw(if *purge { Some(namespace) } else { None }, *purge);
                 let Real { pool, cache } = &mut self.real;

@@ -37,7 +37,7 @@ impl KVCacheManager {
         }
         for (&namespace, &held) in &holds {
             let found = self.cache.namespaces().holds(namespace);
-            if found < held {
+            if found != held {
                 return Err(Error::corruption("L2", "a namespace's holds", namespace, found, held));
             }
         }

@@ -535,3 +535,25 @@ fn configurations_are_checked() {
         assert!(KVCacheManager::new(&bad).is_err(), "{bad:?}");
     }
 }
+
+#[test]
+fn a_namespace_dropped_too_often_stays_with_its_sequences() {
+    let key = |tenant: &str| NamespaceKey {
+        tenant: tenant.into(),
+        ..NamespaceKey::default()
+    };
+    let mut manager = manager(8);
+    let (_, cache) = manager.parts_mut();
+    let handle = cache.namespace(key("a"));
+    let seq = manager.add(&tokens(0..9), key("a"), ContentKeys::default()).unwrap();
+    let (pool, cache) = manager.parts_mut();
+    cache.drop_namespace(pool, handle, false).unwrap();
+    let error = cache.drop_namespace(pool, handle, true).unwrap_err();
+    assert!(matches!(error, Error::StaleHandle { .. }), "{error}");
+    let other = manager.add(&tokens(0..1), key("b"), ContentKeys::default()).unwrap();
+    compute(&mut manager, seq);
+    assert_eq!(manager.probe(&tokens(0..9), &key("b"), &ContentKeys::default()), 0);
+    manager.free(other, None).unwrap();
+    manager.free(seq, None).unwrap();
+    manager.check().unwrap();
+}
