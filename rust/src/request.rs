@@ -139,7 +139,7 @@ pub(crate) struct Request {
     /// No sequence has a token of its own: the siblings take their first one from the lead's logits.
     pub fresh: bool,
     pub preemptions: u32,
-    /// Blocks of the last prefix lookup that did not lead to an admission, and the turn it was made in.
+    /// Blocks that the last prefix lookup would have saved, which did not lead to an admission, and its turn.
     pub probed: Option<(u64, u64)>,
 }
 

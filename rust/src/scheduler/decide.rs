@@ -246,10 +246,12 @@ impl Scheduler {
         }
         let found = self.start(request)? / block_size;
         // Blocks of the hit that nobody else holds were counted as available until now.
-        let (needed, available) = (needed - found, self.available_blocks());
+        let taken = available - self.available_blocks();
+        let (needed, available) = (needed - found, available - taken);
         if needed > available {
             self.unstart(request)?;
-            self.requests[request].probed = Some((found, self.turns));
+            // They help nothing: without them it is not tried again before there are more blocks.
+            self.requests[request].probed = Some((found - taken, self.turns));
             return Ok(Some(Reason::Blocks { needed, available }));
         }
         Ok(None)
