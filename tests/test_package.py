@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import builtins
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pagedcore
 import pytest
@@ -49,6 +52,16 @@ def test_a_missing_extra_is_named() -> None:
         "try: pagedcore.LLM\nexcept ImportError as error: print(error)"
     )
     assert told == "pagedcore.LLM needs torch, which is not installed: pip install 'pagedcore[engine]'"
+
+
+def test_the_page_about_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "python.md").read_text(encoding="utf-8")
+    names: dict[str, object] = {}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(code, names)
+    assert "needed 310 blocks, 60 can be had" in capsys.readouterr().out
+    for name in re.findall(r"`(\w+Error)`", page):
+        assert hasattr(pagedcore.errors, name) or name in dir(builtins), name
 
 
 def test_everything_public_is_documented() -> None:
