@@ -32,8 +32,13 @@ def smollm2_gguf() -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2(smollm2_gguf: Path) -> Path:
-    """SmolLM2-135M-Instruct as a model directory: converted from the GGUF file the first time, kept beside it."""
+def smollm2(request: pytest.FixtureRequest) -> Path:
+    """SmolLM2-135M-Instruct as a model directory: converted from the GGUF file the first time, kept beside it.
+
+    PAGEDCORE_TEST_MODEL names another copy, as a directory or a GGUF file.
+    """
+    from pagedcore import environment
     from pagedcore.models import convert_gguf
 
-    return convert_gguf(smollm2_gguf)
+    model = Path(environment.TEST_MODEL.read() or request.getfixturevalue("smollm2_gguf"))
+    return model if model.is_dir() else convert_gguf(model)

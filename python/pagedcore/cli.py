@@ -107,7 +107,9 @@ def _generate(options: argparse.Namespace) -> int:
         top_p=options.top_p,
         seed=options.seed,
     )
-    prompts = options.prompts or [line for line in sys.stdin.read().splitlines() if line.strip()]
+    prompts = options.prompts
+    if not prompts and not sys.stdin.isatty():
+        prompts = [line for line in sys.stdin.read().splitlines() if line.strip()]
     if not prompts:
         print("pagedcore generate: no prompts, neither as arguments nor on stdin", file=sys.stderr)
         return 2
