@@ -138,7 +138,7 @@ class TestSmolLM2:
 
     QUESTIONS = ("What is the capital of France?", "Name a colour.", "Count from one to five.")
 
-    @pytest.mark.parametrize(("block_size", "num_blocks"), [(1, 180), (16, 11), (64, 5)])
+    @pytest.mark.parametrize(("block_size", "num_blocks"), [(1, 135), (16, 11), (64, 5)])
     def test_greedy_tokens_are_those_of_transformers(self, smollm2_loaded, reference, block_size, num_blocks):
         """In chunks, with prefix hits, with n > 1, and with so few blocks that requests are preempted."""
         tokenizer = smollm2_loaded.tokenizer
@@ -152,7 +152,7 @@ class TestSmolLM2:
         )
         prompts = [tokenizer.encode(text) for text in texts]
         prompts += [tokenizer.encode_chat([system, {"role": "user", "content": text}]) for text in self.QUESTIONS[:2]]
-        params = [SamplingParams(max_tokens=24, n=2 if i == 5 else 1) for i in range(len(prompts))]
+        params = [SamplingParams(max_tokens=24, n=2 if i == 5 else 1, ignore_eos=i < 5) for i in range(len(prompts))]
         with LLM(
             smollm2_loaded,
             block_size=block_size,
@@ -160,9 +160,9 @@ class TestSmolLM2:
             max_num_seqs=6,
             max_num_batched_tokens=48,
         ) as llm:
-            for prompt, output in zip(prompts, llm.generate(prompts, params), strict=True):
+            for i, output in enumerate(llm.generate(prompts, params)):
                 for completion in output.outputs:
-                    reference.check(prompt, completion.token_ids, 24, {2})
+                    reference.check(prompts[i], completion.token_ids, 24, () if params[i].ignore_eos else {2})
             stats = llm.engine.stats()
             assert stats.prefix_hit_tokens > 0
             # With 64 no answer outgrows the block that each is granted ahead; test_engine_greedy.py has longer ones.

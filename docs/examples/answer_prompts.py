@@ -171,8 +171,8 @@ def main() -> int:
     ) as engine:
         kv_bytes_per_token = engine.layout.block_bytes // engine.layout.block_size
         print(
-            f"{len(prompts)} prompts for {directory.name} in {engine.layout.dtype}, {options.max_num_seqs} answers at "
-            f"once, KV cache of {engine.layout.total_bytes / 2**20:.0f} MiB in blocks of {options.block_size} tokens\n",
+            f"{len(prompts)} prompts for {directory.name} in {engine.layout.dtype}, {options.max_num_seqs} at once\n"
+            f"KV cache of {engine.layout.total_bytes / 2**20:.0f} MiB in blocks of {options.block_size} tokens\n",
             flush=True,
         )
         figures, outputs = answer(engine, prompts)
