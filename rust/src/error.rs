@@ -322,3 +322,122 @@ impl fmt::Display for Error {
 }
 
 impl std::error::Error for Error {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What users read: lower case, with the numbers.
+    #[test]
+    fn messages_say_the_numbers() {
+        let block = |problem| Error::Block {
+            block: BlockId(9),
+            num_blocks: 8,
+            problem,
+        };
+        let step = |problem| Error::Step {
+            step: 3,
+            expected: 2,
+            problem,
+        };
+        for (error, message) in [
+            (
+                Error::argument("n", 0, Expected::AtLeast(1)),
+                "n is 0, expected at least 1",
+            ),
+            (
+                Error::argument("n", -5, Expected::Between(1, 8)),
+                "n is -5, expected 1 to 8",
+            ),
+            (
+                Error::argument("n", u64::MAX, Expected::AtMost(8)),
+                "n is 18446744073709551615, expected at most 8",
+            ),
+            (
+                Error::Unsupported {
+                    argument: "groups",
+                    got: 2,
+                    expected: Expected::That("one group"),
+                },
+                "groups 2 is not supported, only one group",
+            ),
+            (
+                Error::TokenOutOfRange {
+                    token: -1,
+                    position: 4,
+                    vocab_size: 100,
+                },
+                "token -1 at position 4 is outside 0 to 99",
+            ),
+            (
+                Error::RequestTooLarge {
+                    needed: 9,
+                    limit: 7,
+                    unit: "blocks",
+                },
+                "the request needs 9 blocks, and there can be at most 7",
+            ),
+            (
+                Error::DuplicateRequest { request_id: "a".into() },
+                "request a exists already",
+            ),
+            (
+                Error::UnknownRequest { request_id: "a".into() },
+                "there is no request a",
+            ),
+            (
+                Error::StaleHandle {
+                    kind: HandleKind::Sequence,
+                    handle: 0x1_0000_0002,
+                },
+                "sequence 0x100000002 does not exist, or not any more",
+            ),
+            (
+                block(BlockProblem::OutOfRange),
+                "block 9 is out of range (the pool has 8 blocks)",
+            ),
+            (
+                block(BlockProblem::Null),
+                "block 9 is the null block (the pool has 8 blocks)",
+            ),
+            (
+                block(BlockProblem::NotHeld),
+                "block 9 is not held so many times (the pool has 8 blocks)",
+            ),
+            (
+                block(BlockProblem::TooManyReferences),
+                "block 9 has too many references (the pool has 8 blocks)",
+            ),
+            (
+                block(BlockProblem::AlreadyPublished),
+                "block 9 is already published at another place (the pool has 8 blocks)",
+            ),
+            (
+                Error::OutOfBlocks { needed: 5, free: 3 },
+                "needed 5 blocks, 3 can be had",
+            ),
+            (step(StepProblem::NotBegun), "step 3 has not begun (the newest is 2)"),
+            (
+                step(StepProblem::AlreadyComplete),
+                "step 3 is complete already (the oldest in flight is 2)",
+            ),
+            (step(StepProblem::OutOfOrder), "step 3 is out of order (step 2 is due)"),
+            (Error::Closed, "it was closed"),
+            (
+                Error::corruption("A1", "the number of used blocks", 0, 4, 5),
+                "invariant A1 broken: the number of used blocks at 0 is 4, expected 5",
+            ),
+            (
+                Error::ForkedProcess,
+                "the core belongs to the parent of this forked process",
+            ),
+        ] {
+            assert_eq!(error.to_string(), message);
+            assert!(
+                error.hint().is_empty() || !error.hint().ends_with('.'),
+                "{}",
+                error.hint()
+            );
+        }
+    }
+}

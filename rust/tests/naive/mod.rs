@@ -218,7 +218,7 @@ pub fn all_or_nothing<S: Clone + PartialEq + std::fmt::Debug, T>(
     result
 }
 
-/// Runs a property on random lists of operations, `share` of all (`PAGEDCORE_MODEL_OPS`, by default a million) in
+/// Runs a property on random lists of operations, `share` of all (`PAGEDCORE_MODEL_OPS`, by default a good million) in
 /// total. The seed is printed, and taken from `PAGEDCORE_MODEL_SEED` if that is set; a failing list is shrunk.
 pub fn run<Op: std::fmt::Debug + Clone>(
     share: f64,
@@ -233,7 +233,7 @@ pub fn run<Op: std::fmt::Debug + Clone>(
             .unwrap_or_else(|_| panic!("{name} is {text:?}, expected a number")),
         Err(_) => default,
     };
-    let total = number("PAGEDCORE_MODEL_OPS", 1_000_000) as f64 * share;
+    let total = number("PAGEDCORE_MODEL_OPS", 1_050_000) as f64 * share;
     let seed = number("PAGEDCORE_MODEL_SEED", u64::from(std::process::id()) << 32 | 0x5eed);
     let cases = (total / LENGTH as f64).ceil() as u32;
     println!("{cases} runs of {LENGTH} operations, PAGEDCORE_MODEL_SEED={seed}");
