@@ -16,6 +16,13 @@
 #include "simd.h"
 #include "state.h"
 
+#ifdef PAGEDCORE_DPBF16
+// What has no pairs of bfloat16 in it is AVX-512's, states and chunks included.
+namespace pagedcore::cpu::avx512 {
+extern const Isa table;
+}
+#endif
+
 namespace pagedcore::cpu::PAGEDCORE_ISA {
 
 constexpr int kStreamRows = 16;  // from this many query rows a KV head, the packed kernel takes over
@@ -130,14 +137,13 @@ static void attend(const AttentionParams& p, const WorkItem& item, int64_t key_b
     state.w[row] = 0.0f;
   }
   __builtin_memset(state.o, 0, static_cast<unsigned long>(rows * state.stride) * sizeof(float));
-  switch (p.dtype) {
-    case DType::f32:
-      return attend_as<float>(p, item, key_begin, key_end, state, scratch);
-    case DType::f16:
-      return attend_as<f16>(p, item, key_begin, key_end, state, scratch);
-    default:
-      return attend_as<bf16>(p, item, key_begin, key_end, state, scratch);
-  }
+#ifdef PAGEDCORE_DPBF16
+  if (p.dtype != DType::bf16) return avx512::table.attend(p, item, key_begin, key_end, state, scratch);
+#else
+  if (p.dtype == DType::f32) return attend_as<float>(p, item, key_begin, key_end, state, scratch);
+  if (p.dtype == DType::f16) return attend_as<f16>(p, item, key_begin, key_end, state, scratch);
+#endif
+  attend_as<bf16>(p, item, key_begin, key_end, state, scratch);
 }
 
 static void fold(State into, State other, int64_t rows) {
@@ -183,14 +189,13 @@ static void finish_rows(const AttentionParams& p, const WorkItem& item, State st
 }
 
 static void finish(const AttentionParams& p, const WorkItem& item, State state) {
-  switch (p.dtype) {
-    case DType::f32:
-      return finish_rows<float>(p, item, state);
-    case DType::f16:
-      return finish_rows<f16>(p, item, state);
-    default:
-      return finish_rows<bf16>(p, item, state);
-  }
+#ifdef PAGEDCORE_DPBF16
+  if (p.dtype != DType::bf16) return avx512::table.finish(p, item, state);
+#else
+  if (p.dtype == DType::f32) return finish_rows<float>(p, item, state);
+  if (p.dtype == DType::f16) return finish_rows<f16>(p, item, state);
+#endif
+  finish_rows<bf16>(p, item, state);
 }
 
 #define PAGEDCORE_STRING_(x) #x

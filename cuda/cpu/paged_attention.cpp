@@ -155,7 +155,8 @@ void paged_attention(const AttentionParams& p, int64_t split_size, int num_threa
     partial_base[g] = next;
     next += plan.groups[g].num_pieces;
   }
-  const std::unique_ptr<std::atomic<int32_t>[]> arrived(new std::atomic<int32_t>[plan.groups.size()]());
+  const std::unique_ptr<std::atomic<int32_t>[]> arrived(
+      plan.groups.empty() ? nullptr : new std::atomic<int32_t>[plan.groups.size()]());
 
   const Plan& work = plan;  // a thread_local named inside the lambda would be each worker's own
   std::atomic<int64_t> cursor{0};

@@ -47,8 +47,8 @@ void make_plan(const AttentionParams& p, const Isa& isa, int64_t split_size, int
   plan.cost = 0;
   const int32_t group = p.num_heads / p.num_kv_heads;
 
-  std::vector<WorkItem> wholes;
-  wholes.reserve(static_cast<size_t>(p.num_seqs));
+  std::vector<WorkItem>& wholes = plan.wholes;
+  wholes.clear();
   for (int32_t seq = 0; seq < p.num_seqs; ++seq) {
     const int32_t query_len = p.query_start_loc[seq + 1] - p.query_start_loc[seq];
     if (query_len == 0) continue;
@@ -92,8 +92,13 @@ void make_plan(const AttentionParams& p, const Isa& isa, int64_t split_size, int
 
   plan.order.resize(plan.items.size());
   for (size_t i = 0; i < plan.order.size(); ++i) plan.order[i] = static_cast<int32_t>(i);
-  std::stable_sort(plan.order.begin(), plan.order.end(),
-                   [&](int32_t a, int32_t b) { return cost_of(p, plan.items[a]) > cost_of(p, plan.items[b]); });
+  const auto dearer = [&](int32_t a, int32_t b) {
+    return cost_of(p, plan.items[static_cast<size_t>(a)]) > cost_of(p, plan.items[static_cast<size_t>(b)]);
+  };
+  // Equal items stay in order (their pages may be neighbours), and a batch of them needs no sorting at all.
+  if (!std::is_sorted(plan.order.begin(), plan.order.end(), dearer)) {
+    std::stable_sort(plan.order.begin(), plan.order.end(), dearer);
+  }
 }
 
 }  // namespace pagedcore::cpu

@@ -17,7 +17,8 @@ struct Group {
 
 struct Plan {
   std::vector<WorkItem> items;
-  std::vector<int32_t> order;  // indices of items, the most expensive first
+  std::vector<WorkItem> wholes;  // before splitting; kept for its memory
+  std::vector<int32_t> order;    // indices of items, the most expensive first
   std::vector<Group> groups;
   int64_t stream_rows = 0;  // most rows of a streamed item
   int64_t packed_rows = 0;  // most rows of a packed item

@@ -125,8 +125,10 @@ PAGEDCORE_FN StreamGroup<T> stream_group_of(int rows) {
 
 template <class T>
 PAGEDCORE_FN StreamGroup<T> stream_group_for(int rows, int dim, int v_dim) {
-  if (dim == 64 && v_dim == 64) return stream_group_of<T, 64>(rows);
-  if (dim == 128 && v_dim == 128) return stream_group_of<T, 128>(rows);
+  if constexpr (kLanes >= 8) {  // the scalar path gains nothing by unrolling
+    if (dim == 64 && v_dim == 64) return stream_group_of<T, 64>(rows);
+    if (dim == 128 && v_dim == 128) return stream_group_of<T, 128>(rows);
+  }
   return stream_group_of<T, 0>(rows);
 }
 

@@ -133,7 +133,8 @@ class KVCacheLayout:
                 got=self.order,
                 expected=("block", "layer"),
             )
-        layers, block_bytes = self._place()
+        k_bytes, v_bytes = self._side_bytes()
+        block_bytes = (k_bytes + v_bytes) * self.num_layers
         if block_bytes * self.num_blocks > _MAX_BYTES:
             raise InvalidArgumentError(
                 f"num_blocks: expected a cache of at most 2**62 bytes, got {block_bytes * self.num_blocks}",
@@ -141,8 +142,8 @@ class KVCacheLayout:
                 got=self.num_blocks,
                 expected=_MAX_BYTES // block_bytes,
             )
-        object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "block_bytes", block_bytes)
+        object.__setattr__(self, "layers", self._place(k_bytes, v_bytes))
 
     @property
     def item_size(self) -> int:
@@ -159,15 +160,16 @@ class KVCacheLayout:
         """Bytes of one block of one layer, K and V."""
         return self.block_bytes // self.num_layers
 
-    def _place(self) -> tuple[tuple[LayerLayout, ...], int]:
-        def padded(size: int) -> int:
-            return -(-size // _ALIGNMENT) * _ALIGNMENT
+    def _side_bytes(self) -> tuple[int, int]:
+        """Bytes of K and of V of one layer's block, each up to a whole cache line."""
+        elements = self.num_kv_heads * self.block_size
+        k_bytes = elements * self.head_dim * self.item_size
+        v_bytes = elements * self.v_head_dim * self.item_size
+        return -(-k_bytes // _ALIGNMENT) * _ALIGNMENT, -(-v_bytes // _ALIGNMENT) * _ALIGNMENT
 
-        k_bytes = padded(self.num_kv_heads * self.block_size * self.head_dim * self.item_size)
-        v_bytes = padded(self.num_kv_heads * self.block_size * self.v_head_dim * self.item_size)
+    def _place(self, k_bytes: int, v_bytes: int) -> tuple[LayerLayout, ...]:
         layer_bytes = k_bytes + v_bytes
-        block_bytes = layer_bytes * self.num_layers
-        step = block_bytes if self.order == "block" else layer_bytes  # bytes from one block to the next
+        step = self.block_bytes if self.order == "block" else layer_bytes  # bytes from one block to the next
         layers = []
         for i in range(self.num_layers):
             start = i * layer_bytes if self.order == "block" else i * layer_bytes * self.num_blocks
@@ -182,7 +184,7 @@ class KVCacheLayout:
                 )
 
             layers.append(LayerLayout(k=page(start, self.head_dim), v=page(start + k_bytes, self.v_head_dim)))
-        return tuple(layers), block_bytes
+        return tuple(layers)
 
     def allocate(self, device: str = "cpu", library: str = "auto") -> KVCache:
         """Zeroed memory in this layout.

@@ -36,6 +36,13 @@ def _unsupported(argument: str, got: Any, expected: str) -> UnsupportedError:
     )
 
 
+def _refuse_given(**arguments: Any) -> None:
+    """Refuses the first argument that was given."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise _unsupported(name, value, "None")
+
+
 def reshape_and_cache(
     key: Any,
     value: Any,
@@ -101,16 +108,10 @@ def paged_attention(
     """
     if softcap != 0.0:
         raise _unsupported("softcap", softcap, "0.0 (none)")
-    for name, given in (
-        ("alibi_slopes", alibi_slopes),
-        ("sinks", sinks),
-        ("k_scale", k_scale),
-        ("v_scale", v_scale),
-        ("plan", plan),
-        ("workspace", workspace),
-    ):
-        if given is not None:
-            raise _unsupported(name, given, "None")
+    if not (alibi_slopes is sinks is k_scale is v_scale is plan is workspace is None):
+        _refuse_given(
+            alibi_slopes=alibi_slopes, sinks=sinks, k_scale=k_scale, v_scale=v_scale, plan=plan, workspace=workspace
+        )
     if out is None:
         out = _empty(query, v_cache, None)
     if lse is None and return_lse:
