@@ -303,6 +303,28 @@ def test_numpy_equals_torch(device: str) -> None:
         np.testing.assert_array_equal(lse, want_lse.numpy())
 
 
+class ArrayInterfaceOnly:
+    """How an ml_dtypes bfloat16 array looks from outside: no buffer protocol, an array interface of two-byte voids."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.bits = tensor.contiguous().view(torch.int16).numpy()
+        self.dtype = "bfloat16"
+        self.shape = self.bits.shape
+
+    @property
+    def __array_interface__(self) -> dict[str, object]:
+        return {**self.bits.__array_interface__, "typestr": "<V2"}
+
+
+def test_bfloat16_by_array_interface(device: str) -> None:
+    batch = make_batch([50, 70], [1, 33], dtype=torch.bfloat16, device=device)
+    want, _ = attend(batch)
+    out = ArrayInterfaceOnly(torch.zeros_like(want))
+    tensors = [ArrayInterfaceOnly(t) for t in batch.args[:3]]
+    ops.paged_attention(*tensors, *(t.numpy() for t in batch.args[3:]), out=out)
+    assert np.array_equal(out.bits, want.view(torch.int16).numpy())
+
+
 def test_offsets_beyond_32_bits(device: str, isa: str) -> None:
     """A page whose element offset exceeds 2^32, in a sparse file: only the pages in use have memory."""
     num_blocks, block_size, heads, dim = 2_200_000, 16, 2, 64

@@ -102,8 +102,7 @@ void reshape_and_cache(const CacheWriteParams& p, int64_t num_blocks, int num_th
 
 void copy_blocks(const std::vector<BlockRegion>& regions, const int32_t* pairs, int64_t num_pairs, int num_threads) {
   check_blocks("pairs", pairs, num_pairs, 2, least_blocks(regions));
-  // Threads take ranges of regions and pairs only when no pair reads what another one writes; the manager promises
-  // it, others may not.
+  // Pairs stay in order within a region, since a later one may read what an earlier one wrote; regions are independent.
   const int threads = useful_threads(num_threads, num_pairs * block_bytes(regions));
   const bool by_region = static_cast<int>(regions.size()) >= threads;
   const auto copy = [&](int64_t first, int64_t last, int64_t from, int64_t to) {
