@@ -7,7 +7,7 @@
 //! | `numpy` | arrays out, and views |
 //! | `core` | the state behind one lock: a bare pool, a manager, or a scheduler |
 //! | `shared` | the lock; panics, forks, long and short calls |
-//! | `pool`, `prefix`, `manager`, `scheduler`, `plan` | the classes of levels 0 to 3, with their docstrings |
+//! | `pool`, `prefix`, `manager`, `config`, `scheduler`, `plan` | the classes of levels 0 to 3, with their docstrings |
 
 // Docstrings are Python's, `Arg` and the getters' receivers are what PyO3 makes of signatures, and a lifetime says that
 // an object is the interpreter's.
@@ -20,6 +20,7 @@
 
 mod arguments;
 mod arrays;
+mod config;
 mod core;
 mod errors;
 mod manager;
@@ -41,7 +42,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<prefix::Commit>()?;
     module.add_class::<manager::KVGroup>()?;
     module.add_class::<manager::KVCacheManager>()?;
-    module.add_class::<scheduler::SchedulerConfig>()?;
+    module.add_class::<config::SchedulerConfig>()?;
     module.add_class::<scheduler::Scheduler>()?;
     module.add_class::<scheduler::StepResult>()?;
     module.add_class::<scheduler::Explanation>()?;
