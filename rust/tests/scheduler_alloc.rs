@@ -51,8 +51,8 @@ fn steps_inside_blocks_allocate_nothing() {
     for _ in 0..160 {
         let before = ALLOCATIONS.get();
         let planned = scheduler.schedule().unwrap().unwrap();
-        let (number, samples) = (planned.plan().step(), planned.plan().num_samples());
-        scheduler.update(number, &sampled[..samples], None, None).unwrap();
+        let (number, wanted) = (planned.plan().step(), planned.plan().num_samples());
+        scheduler.update(number, &sampled[..wanted], None, None).unwrap();
         per_step.push(ALLOCATIONS.get() - before);
     }
     // All prompts have the same length: the blocks of all sequences end in the same step of sixteen.
