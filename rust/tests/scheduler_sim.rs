@@ -321,8 +321,8 @@ impl World {
                     ),
                 }
             }
-            if request.priority == 0 {
-                // S2; nobody is more urgent.
+            if request.priority == 0 && self.trouble == 0 {
+                // S2; nobody is more urgent, and no group goes back into the line because its lead was ended.
                 assert!(
                     request.preemptions <= 2 + horizon_steps,
                     "{id}: {} preemptions",
