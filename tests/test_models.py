@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -109,6 +110,35 @@ def test_rope_that_changes_with_length_limits_the_length(rope, tmp_path):
         parameters |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     config = transformers.LlamaConfig(**{**TINY, "max_position_embeddings": 128}, rope_parameters=parameters)
     assert models.load(save(config, tmp_path)).max_model_len == 64
+
+
+def test_rope_of_each_type_of_layer_is_looked_at(tmp_path):
+    parameters = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        "full_attention": {
+            "rope_type": "dynamic",
+            "rope_theta": 10000.0,
+            "factor": 2.0,
+            "original_max_position_embeddings": 64,
+        },
+    }
+    config = transformers.LlamaConfig(**TINY)
+    config.rope_parameters = parameters
+    assert models._max_model_len(config) == 64
+
+
+def test_code_of_a_repository_is_never_run_nor_asked_about(tmp_path, monkeypatch):
+    config = transformers.LlamaConfig(**TINY).to_dict()
+    config |= {
+        "model_type": "of_its_own",
+        "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
+    with pytest.raises(UnsupportedError):
+        models.load(tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(

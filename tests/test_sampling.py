@@ -64,7 +64,7 @@ def test_tokens_of_probability_zero_are_never_drawn():
     for u in (1e-300, 0.25, 0.5, 0.75, 1 - 1e-16):
         for top_k, top_p in ((0, 1.0), (0, 0.99), (10, 1.0)):
             token = draw(row, np.array([top_k]), np.array([top_p]), np.array([u]))[0]
-            assert token == (3 if u < 0.5 else 990) or u == 0.5
+            assert token in ((3, 990) if u == 0.5 else (3 if u < 0.5 else 990,))
 
 
 def sampler_for(params, keys):
@@ -152,10 +152,6 @@ def test_uniform_numbers_are_uniform():
         np.array([sequence_key(1, i) for i in range(10_000)], dtype=np.uint64), np.zeros(10_000, dtype=np.uint64)
     )
     assert abs(keys.mean() - 0.5) < 0.02
-
-
-def test_no_seed_draws_one():
-    assert sequence_key(None, 0) != sequence_key(None, 0)
 
 
 @pytest.mark.parametrize(

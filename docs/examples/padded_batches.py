@@ -83,7 +83,7 @@ def answer_in_padded_batches(
     Every request is there from the start, so a later batch waits for the earlier ones. Returns the figures and the
     answers' token ids.
     """
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=False).eval()
     ends = model.generation_config.eos_token_id
     ends = set(ends) if isinstance(ends, list) else {ends}
     pad = model.generation_config.pad_token_id or 0

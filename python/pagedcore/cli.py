@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except ImportError as error:
         print(f"pagedcore: {error}. Text needs the engine extra: pip install 'pagedcore[engine]'", file=sys.stderr)
+        return 1
+    except MemoryError as error:
+        print(f"pagedcore: out of memory: {error}. Give a smaller --kv-memory", file=sys.stderr)
+        return 1
+    except UnicodeDecodeError as error:
+        print(f"pagedcore: stdin is not {error.encoding} text (byte {error.start})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("pagedcore: interrupted", file=sys.stderr)
@@ -89,7 +96,10 @@ def _memory(text: str) -> int | float:
     """Bytes as an int, or a share as a float."""
     for suffix, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if text.endswith(suffix):
-            return int(float(text.removesuffix(suffix)) * factor)
+            size = float(text.removesuffix(suffix)) * factor
+            if not math.isfinite(size):
+                raise ValueError(text)  # argparse says which argument
+            return int(size)
     return int(text) if text.isdigit() else float(text)
 
 

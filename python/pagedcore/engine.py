@@ -7,14 +7,17 @@ keeping a fault of one request away from the others.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import secrets
 import time
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import numpy as np
 
-from pagedcore import environment, models
+from pagedcore import models
 from pagedcore._core import Scheduler, SchedulerConfig
+from pagedcore.capacity import check_blocks, fit_blocks
 from pagedcore.checks import check_count, check_memory, check_params, check_request_id, token_array
 from pagedcore.errors import (
     ClosedError,
@@ -27,7 +30,7 @@ from pagedcore.errors import (
     UnsupportedError,
 )
 from pagedcore.layout import KVCacheLayout
-from pagedcore.outputs import CompletionOutput, EngineStats, RequestMetrics, RequestOutput
+from pagedcore.outputs import EngineStats, RequestMetrics, RequestOutput
 from pagedcore.request import Request, Sequence
 from pagedcore.runner import ModelRunner
 from pagedcore.sampling import Sampler, SamplingParams, sequence_key
@@ -45,9 +48,6 @@ if TYPE_CHECKING:
 Prompt: TypeAlias = Any
 
 logger = logging.getLogger(__name__)
-
-#: Share of the available memory that the KV cache may take when nothing is said.
-_DEFAULT_MEMORY_SHARE = 0.4
 
 
 class Engine:
@@ -112,8 +112,10 @@ class Engine:
                 )
             longest = max_model_len
         if num_blocks is None:
-            num_blocks = self._blocks_for(kv_cache_memory, block_size, longest * max_num_seqs)
-        self.layout = self._layout(num_blocks, block_size)
+            self.layout = fit_blocks(self._layout(2, block_size), kv_cache_memory, longest * max_num_seqs)
+            num_blocks = self.layout.num_blocks
+        else:
+            self.layout = check_blocks(self._layout(num_blocks, block_size))
         self.max_model_len = min(longest, (num_blocks - 1) * block_size)
         self._scheduler = Scheduler(
             SchedulerConfig(
@@ -188,10 +190,9 @@ class Engine:
             stop_token_ids=frozenset(stop),
             metrics=RequestMetrics(time.monotonic()),
         )
-        first_key = sequence_key(params.seed, 0)
+        seed = secrets.randbits(64) if params.seed is None else params.seed
         for index in range(params.n):
-            key = first_key if index == 0 else sequence_key(first_key, index)
-            sequence = Sequence(request, index, key)
+            sequence = Sequence(request, index, sequence_key(seed, index))
             if self.model.tokenizer is not None:
                 sequence.detokenizer = self.model.tokenizer.detokenizer(request.prompt_token_ids)
             request.sequences.append(sequence)
@@ -299,13 +300,13 @@ class Engine:
     ) -> list[RequestOutput]:
         """Adds the tokens to their answers and makes the outputs."""
         now = time.monotonic()
-        changed: dict[str, list[CompletionOutput]] = {}
-        broken: list[tuple[Request, str]] = []
+        changed: dict[str, list[Sequence]] = {}
+        requests: dict[str, Request] = {}
+        broken: dict[str, str] = {}
         reasons = {(request_id, index): reason for request_id, index, reason in finished}
         for row, token, bad in zip(rows.tolist(), tokens.tolist(), failed.tolist(), strict=True):
             sequence = self._rows[row]
             request, answer = sequence.request, sequence.answer
-            num_tokens, num_pieces = len(answer.token_ids), len(answer.pieces)
             answer.finish_reason = reasons.pop((request.request_id, sequence.index), None)
             if bad:
                 request.error = "the model's logits are not finite numbers"
@@ -313,45 +314,49 @@ class Engine:
                 answer.token_ids.append(token)
                 if request.metrics.first_token_time is None:
                     request.metrics.first_token_time = now
-                try:
-                    self._add_text(sequence, token)
-                except Exception as error:  # a decoder of somebody else's; the other requests go on
-                    logger.exception("detokenising request %r failed", request.request_id)
-                    broken.append((request, f"detokenising failed: {error!r}"))
-            changed.setdefault(request.request_id, []).append(
-                CompletionOutput(sequence.index, answer, num_tokens, num_pieces)
-            )
+            try:
+                self._add_text(sequence, None if bad else token)
+            except Exception as error:  # a decoder of somebody else's; the other requests go on
+                logger.exception("detokenising request %r failed", request.request_id)
+                broken[request.request_id] = f"detokenising failed: {error!r}"
+            requests[request.request_id] = request
+            changed.setdefault(request.request_id, []).append(sequence)
         for (request_id, index), reason in reasons.items():  # ended without a sample in this step
-            answer = self._requests[request_id].sequences[index].answer
-            answer.finish_reason = reason
-            changed.setdefault(request_id, []).append(
-                CompletionOutput(index, answer, len(answer.token_ids), len(answer.pieces))
-            )
+            requests[request_id] = request = self._requests[request_id]
+            request.sequences[index].answer.finish_reason = reason
+            self._flush(request.sequences[index])
+            changed.setdefault(request_id, []).append(request.sequences[index])
         outputs = []
-        for request, message in broken:
-            if not request.finished:
-                self._scheduler.finish(request.request_id, "error")
-            request.error = message
-            self._end(request, "error")
-            changed[request.request_id] = request.output().outputs
-        for request_id, completions in changed.items():
-            request = self._requests.get(request_id) or next(r for r, _ in broken if r.request_id == request_id)
+        for request_id, sequences in changed.items():
+            request = requests[request_id]
+            if request_id in broken:
+                if not request.finished:
+                    self._scheduler.finish(request_id, "error")
+                request.error = broken[request_id]
+                outputs.append(self._end(request, "error").output())
+                continue
             if request.finished:
-                request.metrics.finished_time = request.metrics.finished_time or now
+                request.metrics.finished_time = now
                 self._requests.pop(request_id, None)
-            outputs.append(request.output(completions))
+            outputs.append(request.output(sequences))
         return outputs
 
-    def _add_text(self, sequence: Sequence, token: int) -> None:
+    def _add_text(self, sequence: Sequence, token: int | None) -> None:
+        """Adds a token's text to its answer; at the end of the answer also what the detokeniser held back."""
         answer = sequence.answer
-        if sequence.detokenizer is None:
-            return
         stopped = answer.finish_reason == "stop" and token in sequence.request.stop_token_ids
-        text = "" if stopped else sequence.detokenizer.push(token)
+        if sequence.detokenizer is not None and token is not None and not stopped:
+            text = sequence.detokenizer.push(token)
+            if text:
+                answer.pieces.append(text)
         if answer.finish_reason is not None:
-            text += sequence.detokenizer.flush()
+            self._flush(sequence)
+
+    def _flush(self, sequence: Sequence) -> None:
+        """Gives out what the detokeniser held back of an answer that has ended."""
+        text = "" if sequence.detokenizer is None else sequence.detokenizer.flush()
         if text:
-            answer.pieces.append(text)
+            sequence.answer.pieces.append(text)
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> list[RequestOutput]:
         """Undoes a step whose forward pass raised and ends its requests: there is no telling which of them is at
@@ -372,6 +377,8 @@ class Engine:
         for sequence in request.sequences:
             if sequence.answer.finish_reason is None:
                 sequence.answer.finish_reason = reason
+                with contextlib.suppress(Exception):  # a decoder that fails has been told of already
+                    self._flush(sequence)
         request.metrics.finished_time = time.monotonic()
         self._requests.pop(request.request_id, None)
         return request
@@ -492,28 +499,3 @@ class Engine:
             shape.head_dim,
             str(self.model.dtype).removeprefix("torch."),
         )
-
-    def _blocks_for(self, memory: Any, block_size: int, useful_tokens: int) -> int:
-        """Blocks that the memory holds, the null block included, and no more than all sequences could ever use."""
-        block_bytes = self._layout(2, block_size).block_bytes
-        available = environment.available_memory()
-        if memory is None:
-            memory = _DEFAULT_MEMORY_SHARE
-        budget: int = int(memory * available) if isinstance(memory, float) else memory
-        if budget > available:
-            raise InvalidArgumentError(
-                f"kv_cache_memory is {budget} bytes, but {available} are available",
-                argument="kv_cache_memory",
-                got=budget,
-                expected=available,
-            )
-        blocks = min(budget // block_bytes, -(-useful_tokens // block_size) + 1)
-        if blocks < 2:
-            raise InvalidArgumentError(
-                f"kv_cache_memory of {budget} bytes holds {budget // block_bytes} blocks of {block_bytes} bytes; "
-                "2 are the least",
-                argument="kv_cache_memory",
-                got=budget,
-                expected=2 * block_bytes,
-            )
-        return blocks

@@ -81,8 +81,18 @@ def available_memory() -> int:
     limit = _read_int("/sys/fs/cgroup/memory.max")
     used = _read_int("/sys/fs/cgroup/memory.current")
     if limit is not None and used is not None:
-        available = min(available, max(0, limit - used))
+        # File pages count as used until somebody else needs them: a checkpoint just read would look like a full house.
+        available = min(available, max(0, limit - used + _reclaimable()))
     return available
+
+
+def _reclaimable() -> int:
+    """Bytes of file pages that the control group gives up first."""
+    for line in _read_text("/sys/fs/cgroup/memory.stat").splitlines():
+        name, _, value = line.partition(" ")
+        if name == "inactive_file" and value.isdigit():
+            return int(value)
+    return 0
 
 
 def total_memory() -> int:

@@ -45,16 +45,22 @@ class PackedLinear(torch.nn.Module):
 
 
 def can_pack(model: torch.nn.Module) -> bool:
-    """True where this torch has oneDNN and the model's products are of a kind that it packs, on the CPU."""
+    """True where this torch has oneDNN and the model's products are of a kind that it packs on this CPU."""
     weight = next((m.weight for m in model.modules() if type(m) is torch.nn.Linear), None)
     return (
         weight is not None
         and weight.device.type == "cpu"
-        and weight.dtype in (torch.float32, torch.bfloat16)
         and torch.backends.mkldnn.is_available()
+        and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and _packs_bfloat16()))
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
+
+
+def _packs_bfloat16() -> bool:
+    """Asked of torch: oneDNN refuses to lay out bfloat16 weights on a processor without AVX-512."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return supported is not None and bool(supported())
 
 
 def packed_bytes(model: torch.nn.Module) -> int:

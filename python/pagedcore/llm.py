@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Self
 
 from pagedcore.engine import Engine
@@ -158,7 +159,7 @@ def _prompt_list(prompts: Any) -> list[Any]:
         )
     if hasattr(prompts, "ndim"):  # an array: one prompt a row
         return list(prompts) if prompts.ndim > 1 else [prompts]
-    if len(prompts) and isinstance(prompts[0], int):
+    if len(prompts) and isinstance(prompts[0], Integral):
         return [prompts]
     return list(prompts)
 

@@ -63,8 +63,9 @@ class Source:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Arguments for from_pretrained."""
-        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+        """Arguments for from_pretrained. Left unsaid, it would ask on stdin whether to run a repository's code."""
+        options: dict[str, Any] = {"trust_remote_code": False}
+        return options | {"gguf_file": self.gguf_file} if self.gguf_file else options
 
 
 def find(model: Any) -> Source:
@@ -134,12 +135,14 @@ def load(
             module = AutoModelForCausalLM.from_pretrained(source.location, **source.options, dtype=torch.float32)
             _check_config(module.config)
         else:
-            config = AutoConfig.from_pretrained(source.location)
+            config = AutoConfig.from_pretrained(source.location, **source.options)
             _check_config(config)
             wanted = _choose_dtype(
                 dtype, getattr(config.get_text_config(decoder=True), "dtype", None) or getattr(config, "dtype", None)
             )
-            module = AutoModelForCausalLM.from_pretrained(source.location, dtype=wanted, use_safetensors=True)
+            module = AutoModelForCausalLM.from_pretrained(
+                source.location, **source.options, dtype=wanted, use_safetensors=True
+            )
     except (OSError, ImportError) as error:
         raise InvalidArgumentError(
             f"model {str(model)!r} could not be read: {error}", argument="model", got=str(model)
@@ -325,8 +328,14 @@ def _check_config(config: PreTrainedConfig) -> None:
         )
 
 
-def _rope_type(config: PreTrainedConfig) -> str:
+def _rope_parameters(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """The rotary embedding's parameters: one set, or one for each type of layer."""
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return nested or [parameters]
+
+
+def _rope_type(parameters: dict[str, Any]) -> str:
     return str(parameters.get("rope_type", parameters.get("type", "default")))
 
 
@@ -336,16 +345,16 @@ def _max_model_len(config: PreTrainedConfig) -> int:
     """
     text = config.get_text_config(decoder=True)
     limit = getattr(text, "max_position_embeddings", None)
-    if _rope_type(text) in _LENGTH_DEPENDENT_ROPE:
-        parameters = getattr(text, "rope_parameters", None) or {}
-        limit = (
-            parameters.get("original_max_position_embeddings")
-            or getattr(text, "original_max_position_embeddings", None)
-            or limit
-        )
-        logger.info(
-            "rotary embedding %r changes with length: sequences are limited to %s tokens", _rope_type(text), limit
-        )
+    limits = [
+        parameters.get("original_max_position_embeddings")
+        or getattr(text, "original_max_position_embeddings", None)
+        or limit
+        for parameters in _rope_parameters(text)
+        if _rope_type(parameters) in _LENGTH_DEPENDENT_ROPE
+    ]
+    if limits:
+        limit = min(limits)
+        logger.info("the rotary embedding changes with length: sequences are limited to %s tokens", limit)
     if not isinstance(limit, int) or limit < 2:
         raise UnsupportedError(
             f"{type(config).__name__} does not say how many positions it has", argument="model", got=limit

@@ -38,6 +38,14 @@ class SequenceText:
     token_ids: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
     finish_reason: str | None = None
+    num_tokens_told: int = 0
+    num_pieces_told: int = 0
+
+    def tell(self, index: int) -> CompletionOutput:
+        """The answer as it is now, for the caller; what it adds to the one told before is new in it."""
+        output = CompletionOutput(index, self)
+        self.num_tokens_told, self.num_pieces_told = len(self.token_ids), len(self.pieces)
+        return output
 
 
 class CompletionOutput:
@@ -53,16 +61,14 @@ class CompletionOutput:
         "index",
     )
 
-    def __init__(
-        self, index: int, answer: SequenceText, num_tokens_before: int = 0, num_pieces_before: int = 0
-    ) -> None:
+    def __init__(self, index: int, answer: SequenceText) -> None:
         self.index = index  # which of the request's n answers
         self.finish_reason = answer.finish_reason  # None while it is being written
         self._answer = answer
         self._num_tokens = len(answer.token_ids)
         self._num_pieces = len(answer.pieces)
-        self._num_tokens_before = num_tokens_before
-        self._num_pieces_before = num_pieces_before
+        self._num_tokens_before = answer.num_tokens_told
+        self._num_pieces_before = answer.num_pieces_told
 
     @property
     def num_tokens(self) -> int:

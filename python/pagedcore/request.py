@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pagedcore.outputs import CompletionOutput, RequestMetrics, RequestOutput, SequenceText
+from pagedcore.outputs import RequestMetrics, RequestOutput, SequenceText
 
 if TYPE_CHECKING:
     from pagedcore.sampling import SamplingParams
@@ -41,10 +41,10 @@ class Request:
         """All its answers have ended."""
         return all(sequence.answer.finish_reason for sequence in self.sequences)
 
-    def output(self, outputs: list[CompletionOutput] | None = None) -> RequestOutput:
-        """Its state with these answers, or with all of them."""
-        if outputs is None:
-            outputs = [CompletionOutput(sequence.index, sequence.answer) for sequence in self.sequences]
+    def output(self, sequences: list[Sequence] | None = None) -> RequestOutput:
+        """Its state with the answers of these sequences, or of all of them."""
+        told = self.sequences if sequences is None else sequences
+        outputs = [sequence.answer.tell(sequence.index) for sequence in told]
         return RequestOutput(
             self.request_id, self.prompt, self.prompt_token_ids, outputs, self.finished, self.metrics, self.error
         )

@@ -1,15 +1,14 @@
 """Choosing the next token of every sequence from its logits.
 
 Random numbers are a function of (seed, answer index, position in the answer): there is no generator whose state could
-depend on which requests share a step, on preemption, or on order. Each row is worked on by itself, so a row's token is
-decided by its own logits alone.
+depend on which requests share a step, on preemption, or on order. A row's token is decided by its own logits alone, up
+to the last bits of sums over its vocabulary, which torch may round differently for other numbers of rows.
 """
 
 from __future__ import annotations
 
 import math
 import numbers
-import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -207,9 +206,8 @@ def _draw_sorted(
 # ------------------------------------------------------------------------------------------------ random numbers
 
 
-def sequence_key(seed: int | None, index: int) -> int:
-    """The key of answer ``index`` of a request: its seed (drawn from the system if None) mixed with the index."""
-    seed = secrets.randbits(64) if seed is None else int(seed)
+def sequence_key(seed: int, index: int) -> int:
+    """The key of answer ``index`` of a request: its seed mixed with the index."""
     return int(_mix(_mix(np.array([seed], dtype=np.uint64)) + np.uint64(index))[0])
 
 

@@ -40,16 +40,19 @@ class Tokenizer:
         self._backend = getattr(tokenizer, "backend_tokenizer", None)  # Rust, a quarter of the time of the Python call
 
     @classmethod
-    def load(cls, location: str, gguf_file: str | None = None) -> Tokenizer | None:
-        """The tokenizer beside a model, or None where there is none. A broken one is an InvalidArgumentError."""
+    def load(cls, location: str, **options: Any) -> Tokenizer | None:
+        """The tokenizer beside a model, or None where there is none. A broken one is an InvalidArgumentError.
+
+        ``options`` are arguments of from_pretrained.
+        """
         from transformers import AutoTokenizer
 
         path = Path(location)
-        if path.is_dir() and gguf_file is None and not any((path / name).is_file() for name in _FILES):
+        if path.is_dir() and "gguf_file" not in options and not any((path / name).is_file() for name in _FILES):
             logger.info("no tokenizer in %s: token ids only", location)
             return None
         try:
-            return cls(AutoTokenizer.from_pretrained(location, **({"gguf_file": gguf_file} if gguf_file else {})))
+            return cls(AutoTokenizer.from_pretrained(location, **options))
         except Exception as error:
             raise InvalidArgumentError(
                 f"the tokenizer of {location} could not be read: {error}", argument="model", got=location
