@@ -406,10 +406,12 @@ def test_calls_from_many_threads(device: str) -> None:
         list(pool.map(run, range(4)))
 
 
-def test_works_in_a_forked_child() -> None:
-    """The thread pool of processes without OpenMP starts anew in a child."""
-    code = """
+@pytest.mark.parametrize("runtime", ["", "import torch; torch.ones(512, 512) @ torch.ones(512, 512)"])
+def test_works_in_a_forked_child(runtime: str) -> None:
+    """Own threads start anew in a child; OpenMP's do not, so a child of a process that used them does without."""
+    code = f"""
 import os, numpy as np
+{runtime}
 from pagedcore import ops
 ids = lambda *x: np.array(x, np.int32)
 cache = np.random.default_rng(0).standard_normal((400, 2, 16, 64), np.float32)

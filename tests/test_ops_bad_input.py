@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -365,3 +366,43 @@ def test_block_ops() -> None:
     for call, error, message in cases:
         with pytest.raises(error, match=message):
             call()
+
+
+# What the memory behind a tensor may be
+
+
+def test_a_refused_array_is_given_back() -> None:
+    array = np.zeros((3, 4, 16), np.float64)
+    before = sys.getrefcount(array)
+    for _ in range(5):
+        with pytest.raises(InvalidArgumentError):
+            call_attention(query=array)
+    assert sys.getrefcount(array) == before
+
+
+def test_a_tensor_without_storage_is_refused() -> None:
+    query = torch.randn(3, 4, 16)
+    query.untyped_storage().resize_(0)
+    with pytest.raises(InvalidArgumentError, match=r"^query: expected a tensor with memory behind it"):
+        call_attention(query=query)
+
+
+def test_misaligned_memory_is_refused() -> None:
+    query = np.frombuffer(bytes(3 * 4 * 16 * 4 + 1), np.uint8)[1:].view(np.float32).reshape(3, 4, 16)
+    with pytest.raises(InvalidArgumentError, match=r"^query: expected memory aligned"):
+        call_attention(query=query)
+
+
+def test_written_memory_has_a_place_for_each_element() -> None:
+    with pytest.raises(InvalidArgumentError, match=r"^out: expected memory of its own for every element, got stride 0"):
+        call_attention(out=torch.zeros(1, 4, 16).expand(3, 4, 16))
+    with pytest.raises(InvalidArgumentError, match=r"^v_cache: expected memory of its own"):
+        call_cache(v_cache=torch.zeros(6, 1, 4, 16).expand(6, 2, 4, 16))
+
+
+def test_indices_are_not_written_over() -> None:
+    memory = torch.zeros(3 * 4 * 16)
+    lens = memory.view(torch.int32)[:2]
+    lens.copy_(torch.tensor([5, 8], dtype=torch.int32))
+    with pytest.raises(InvalidArgumentError, match=r"^out: expected memory apart from seq_lens"):
+        ops.paged_attention(**{**attention_args(), "out": memory.view(3, 4, 16), "seq_lens": lens})

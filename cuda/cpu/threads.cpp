@@ -65,10 +65,13 @@ int visit_count(dl_phdr_info* info, size_t, void* data) {
 }
 
 std::atomic<const OpenMp*> found{nullptr};
+// A forked child inherits the runtime's records of a team whose threads did not come along: it would wait for them.
+std::atomic<bool> in_forked_child{false};
 std::mutex search_mutex;
 
 // Null while no runtime is loaded. Looks again only when the process has loaded new objects.
 const OpenMp* openmp() {
+  if (in_forked_child.load(std::memory_order_relaxed)) return nullptr;
   if (const OpenMp* known = found.load(std::memory_order_acquire)) return known;
   const std::lock_guard<std::mutex> lock(search_mutex);
   static unsigned long long searched_at = ~0ull;
@@ -87,6 +90,7 @@ const OpenMp* openmp() {
   if (symbol("GOMP_parallel", result->parallel) && symbol("omp_get_thread_num", result->thread_num) &&
       symbol("omp_get_max_threads", result->max_threads) && symbol("omp_in_parallel", result->in_parallel)) {
     result->name = search.best_path.substr(search.best_path.rfind('/') + 1);
+    pthread_atfork(nullptr, nullptr, [] { in_forked_child.store(true, std::memory_order_relaxed); });
     found.store(result, std::memory_order_release);
     return result;
   }

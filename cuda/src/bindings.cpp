@@ -70,7 +70,7 @@ void paged_attention(py::handle query, py::handle k_cache, py::handle v_cache, p
   sizes.match(loc, {"num_seqs + 1"});
   sizes.match(o, {"num_tokens", "num_heads", "v_head_dim"});
   require_writable(o);
-  for (const Tensor* read : {&q, &k, &v}) require_disjoint(o, *read);
+  for (const Tensor* read : {&q, &k, &v, &table, &lens, &loc}) require_disjoint(o, *read);
 
   AttentionParams p{};
   p.dtype = q.dtype;
@@ -118,7 +118,7 @@ void paged_attention(py::handle query, py::handle k_cache, py::handle v_cache, p
       sizes.match(t, {"num_tokens", "num_heads"});
     }
     require_writable(t);
-    for (const Tensor* other : {&q, &k, &v, &o}) require_disjoint(t, *other);
+    for (const Tensor* other : {&q, &k, &v, &o, &table, &lens, &loc}) require_disjoint(t, *other);
     p.lse = t.as<float>();
   }
   if (!block_table_rows.is_none()) {
@@ -140,10 +140,10 @@ void paged_attention(py::handle query, py::handle k_cache, py::handle v_cache, p
   if (max_seq_len && *max_seq_len < 0) refuse("max_seq_len", "0 or more", std::to_string(*max_seq_len));
   if (p.num_seqs > 0) {
     for (int32_t i = 0; i < p.num_seqs && (max_query_len || max_seq_len); ++i) {
-      if (max_query_len && p.query_start_loc[i + 1] - p.query_start_loc[i] > *max_query_len) {
+      const int64_t query_len = static_cast<int64_t>(p.query_start_loc[i + 1]) - p.query_start_loc[i];
+      if (max_query_len && query_len > *max_query_len) {
         refuse("max_query_len",
-               "at least the query length of sequence " + std::to_string(i) + ", " +
-                   std::to_string(p.query_start_loc[i + 1] - p.query_start_loc[i]),
+               "at least the query length of sequence " + std::to_string(i) + ", " + std::to_string(query_len),
                std::to_string(*max_query_len));
       }
       if (max_seq_len && p.seq_lens[i] > *max_seq_len) {
@@ -173,7 +173,7 @@ void reshape_and_cache(py::handle key, py::handle value, py::handle k_cache, py:
   sizes.match(slots, {"num_tokens"});
   for (const Tensor* cache : {&k, &v}) {
     require_writable(*cache);
-    for (const Tensor* read : {&key_t, &value_t}) require_disjoint(*cache, *read);
+    for (const Tensor* read : {&key_t, &value_t, &slots}) require_disjoint(*cache, *read);
   }
   CacheWriteParams p{};
   p.key = key_t.data;

@@ -64,20 +64,30 @@ std::string shape_text(const Tensor& tensor) {
 }  // namespace
 
 Tensor::Tensor(const char* name, py::handle object) : name(name) {
-  if (from_exchange_api(object) || from_buffer(object) || from_array_interface(object)) return;
-  throw ArgumentError(Fault::type, name,
-                      "a tensor (torch, NumPy, or any with DLPack's C exchange API or the buffer protocol)",
-                      Py_TYPE(object.ptr())->tp_name);
-}
-
-Tensor::~Tensor() {
-  if (has_view_) PyBuffer_Release(&view_);
+  if (!from_exchange_api(object) && !from_buffer(object) && !from_array_interface(object)) {
+    throw ArgumentError(Fault::type, name,
+                        "a tensor (torch, NumPy, or any with DLPack's C exchange API or the buffer protocol)",
+                        Py_TYPE(object.ptr())->tp_name);
+  }
+  require_memory();
 }
 
 int64_t Tensor::size() const {
   int64_t n = 1;
   for (int i = 0; i < ndim; ++i) n *= shape[static_cast<size_t>(i)];
   return n;
+}
+
+// A torch tensor may have given its storage up, and a NumPy array may begin in the middle of an element.
+void Tensor::require_memory() const {
+  if (size() == 0) return;
+  if (!data)
+    throw ArgumentError(Fault::invalid_argument, name, "a tensor with memory behind it", "one without storage");
+  if (reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(element_size) != 0) {
+    throw ArgumentError(Fault::invalid_argument, name,
+                        "memory aligned to its element size, " + std::to_string(element_size) + " bytes",
+                        "misaligned memory");
+  }
 }
 
 void Tensor::require_cpu(int32_t device_type) const {
@@ -138,16 +148,17 @@ bool Tensor::from_exchange_api(py::handle object) {
 
 bool Tensor::from_buffer(py::handle object) {
   if (!PyObject_CheckBuffer(object.ptr())) return false;
-  if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_STRIDES | PyBUF_FORMAT) != 0) {
+  const Py_buffer& view = buffer_.view;
+  if (PyObject_GetBuffer(object.ptr(), &buffer_.view, PyBUF_STRIDES | PyBUF_FORMAT) != 0) {
     PyErr_Clear();
     return false;
   }
-  has_view_ = true;
-  read_only = view_.readonly != 0;
-  const char* format = view_.format ? view_.format : "B";
+  buffer_.held = true;
+  read_only = view.readonly != 0;
+  const char* format = view.format ? view.format : "B";
   if (*format == '@' || *format == '=' || *format == '<') ++format;
-  const std::string shown = std::string("buffer format '") + (view_.format ? view_.format : "B") + "'";
-  const int bits = static_cast<int>(view_.itemsize) * 8;
+  const std::string shown = std::string("buffer format '") + (view.format ? view.format : "B") + "'";
+  const int bits = static_cast<int>(view.itemsize) * 8;
   const bool single = format[0] != '\0' && format[1] == '\0';
   if (single && std::strchr("fe", *format))
     set_dtype(dlpack::kFloat, bits, shown);
@@ -157,17 +168,17 @@ bool Tensor::from_buffer(py::handle object) {
     set_dtype(dlpack::kUInt, bits, shown);
   else
     set_dtype(255, bits, shown);
-  if (view_.ndim > kMaxDims)
-    throw ArgumentError(Fault::invalid_argument, name, "at most 6 dimensions", std::to_string(view_.ndim));
-  data = static_cast<char*>(view_.buf);
-  ndim = view_.ndim;
+  if (view.ndim > kMaxDims)
+    throw ArgumentError(Fault::invalid_argument, name, "at most 6 dimensions", std::to_string(view.ndim));
+  data = static_cast<char*>(view.buf);
+  ndim = view.ndim;
   for (int i = 0; i < ndim; ++i) {
-    if (view_.strides[i] % view_.itemsize != 0) {
+    if (view.strides[i] % view.itemsize != 0) {
       throw ArgumentError(Fault::invalid_argument, name, "strides that are multiples of the element size",
-                          std::to_string(view_.strides[i]) + " bytes");
+                          std::to_string(view.strides[i]) + " bytes");
     }
-    shape[static_cast<size_t>(i)] = view_.shape[i];
-    strides[static_cast<size_t>(i)] = view_.strides[i] / view_.itemsize;
+    shape[static_cast<size_t>(i)] = view.shape[i];
+    strides[static_cast<size_t>(i)] = view.strides[i] / view.itemsize;
   }
   return true;
 }
@@ -275,6 +286,13 @@ void require_same_dtype(const Tensor& tensor, const Tensor& reference) {
 void require_writable(const Tensor& tensor) {
   if (tensor.read_only)
     throw ArgumentError(Fault::invalid_argument, tensor.name, "writable memory", "a read-only array");
+  for (int i = 0; i < tensor.ndim; ++i) {
+    const auto axis = static_cast<size_t>(i);
+    if (tensor.shape[axis] > 1 && tensor.strides[axis] == 0) {
+      throw ArgumentError(Fault::invalid_argument, tensor.name, "memory of its own for every element",
+                          "stride 0 on axis " + std::to_string(i) + " of " + shape_text(tensor));
+    }
+  }
 }
 
 namespace {

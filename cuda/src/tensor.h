@@ -20,7 +20,6 @@ class Tensor {
   static constexpr int kMaxDims = 6;
 
   Tensor(const char* name, pybind11::handle object);
-  ~Tensor();
   Tensor(const Tensor&) = delete;
   Tensor& operator=(const Tensor&) = delete;
 
@@ -46,8 +45,20 @@ class Tensor {
   void set_dtype(uint8_t code, int bits, const std::string& shown);
   void require_cpu(int32_t device_type) const;
 
-  Py_buffer view_{};
-  bool has_view_ = false;
+  void require_memory() const;
+
+  // A member of its own, so that a constructor that throws half-way gives the buffer back too.
+  struct Buffer {
+    Py_buffer view{};
+    bool held = false;
+    Buffer() = default;
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+    ~Buffer() {
+      if (held) PyBuffer_Release(&view);
+    }
+  };
+  Buffer buffer_;
 };
 
 // Symbolic sizes, unified across the arguments of one call: the first tensor to use a symbol fixes it, and a later one
@@ -71,6 +82,7 @@ class Sizes {
 const char* dtype_name(DType dtype);
 void require_dtype(const Tensor& tensor, std::initializer_list<DType> allowed);
 void require_same_dtype(const Tensor& tensor, const Tensor& reference);
+// Memory that may be written, with a place of its own for every element.
 void require_writable(const Tensor& tensor);
 // Writing through the first must not change what the second reads: their address ranges must not meet.
 void require_disjoint(const Tensor& written, const Tensor& read);

@@ -345,7 +345,7 @@ def _max_model_len(config: PreTrainedConfig) -> int:
     """
     text = config.get_text_config(decoder=True)
     limit = getattr(text, "max_position_embeddings", None)
-    limits = [
+    limits: list[Any] = [
         parameters.get("original_max_position_embeddings")
         or getattr(text, "original_max_position_embeddings", None)
         or limit
