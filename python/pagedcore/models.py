@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,18 +211,26 @@ def convert_gguf(gguf_file: str | os.PathLike[str], directory: str | os.PathLike
         raise InvalidArgumentError(
             f"{gguf_file} could not be read: {error}", argument="gguf_file", got=str(gguf_file)
         ) from error
-    unfinished = target.with_name(f"{target.name}.{os.getpid()}.unfinished")
-    unfinished.mkdir(parents=True)
-    # Not save_pretrained: it refuses a model that was read from a quantised file, though its weights no longer are.
-    config = module.config.to_dict()
-    config.pop("quantization_config", None)
-    type(module.config).from_dict(config | {"architectures": [type(module).__name__]}).save_pretrained(unfinished)
-    module.generation_config.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    tied = set(getattr(module, "all_tied_weights_keys", None) or ())
-    weights = {name: tensor.contiguous() for name, tensor in module.state_dict().items() if name not in tied}
-    save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
-    unfinished.rename(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".unfinished", dir=target.parent))
+    unfinished.chmod(0o755)  # mkdtemp makes it private
+    try:
+        # Not save_pretrained: it refuses a model that was read from a quantised file, though its weights no longer are.
+        config = module.config.to_dict()
+        config.pop("quantization_config", None)
+        type(module.config).from_dict(config | {"architectures": [type(module).__name__]}).save_pretrained(unfinished)
+        module.generation_config.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        tied = set(getattr(module, "all_tied_weights_keys", None) or ())
+        weights = {name: tensor.contiguous() for name, tensor in module.state_dict().items() if name not in tied}
+        save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
+        try:
+            unfinished.rename(target)
+        except OSError:
+            if not target.is_dir():  # else another process was first
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     return target
 
 
