@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 
-def paged_attention(
+class _Rows(NamedTuple):
+    """One sequence's queries of one head, and the keys that any of them sees, in float64."""
+
+    start: int  # first and past-the-last token of the sequence's queries
+    stop: int
+    head: int
+    q: np.ndarray  # [queries, head_dim]
+    k: np.ndarray  # [keys, head_dim]
+    v: np.ndarray  # [keys, v_head_dim]
+    visible: np.ndarray  # [queries, keys] bool
+    scale: float
+
+
+def _rows(
     query: np.ndarray,  # [num_tokens, num_heads, head_dim]
     k_cache: np.ndarray,  # [num_blocks, num_kv_heads, block_size, head_dim]
     v_cache: np.ndarray,  # [num_blocks, num_kv_heads, block_size, v_head_dim]
@@ -24,14 +37,12 @@ def paged_attention(
     causal: bool = True,
     window: int | None = None,
     block_table_rows: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """(out [num_tokens, num_heads, v_head_dim], lse [num_tokens, num_heads]), float64. Reads only what a query sees."""
-    num_tokens, num_heads, head_dim = query.shape
+) -> Iterator[_Rows]:
+    """Walks a batch. Reads only what a query sees."""
+    num_heads, head_dim = query.shape[1:]
     num_kv_heads, block_size = k_cache.shape[1:3]
     group = num_heads // num_kv_heads
     scale = head_dim**-0.5 if scale is None else scale
-    out = np.zeros((num_tokens, num_heads, v_cache.shape[3]))
-    lse = np.full((num_tokens, num_heads), -np.inf)
     for seq, seq_len in enumerate(int(n) for n in seq_lens):
         start, stop = int(query_start_loc[seq]), int(query_start_loc[seq + 1])
         row = seq if block_table_rows is None else int(block_table_rows[seq])
@@ -42,18 +53,48 @@ def paged_attention(
             continue
         keys = np.arange(first.min(), last.max() + 1)
         blocks, slots = block_table[row, keys // block_size], keys % block_size
-        visible = (keys >= first[:, None]) & (keys <= last[:, None])  # [queries, keys]
-        seen = visible.any(1)
+        visible = (keys >= first[:, None]) & (keys <= last[:, None])
         for head in range(num_heads):
-            k = k_cache[blocks, head // group, slots].astype(np.float64)  # [keys, head_dim]
+            k = k_cache[blocks, head // group, slots].astype(np.float64)
             v = v_cache[blocks, head // group, slots].astype(np.float64)
-            scores = np.where(visible, query[start:stop, head].astype(np.float64) @ k.T * scale, -np.inf)
-            top = np.where(seen, scores.max(1), 0.0)
-            weights = np.exp(scores - top[:, None])
-            total = weights.sum(1)
-            out[start:stop, head] = weights @ v / np.where(seen, total, 1.0)[:, None]
-            lse[start:stop, head] = np.where(seen, top + np.log(np.where(seen, total, 1.0)), -np.inf)
+            yield _Rows(start, stop, head, query[start:stop, head].astype(np.float64), k, v, visible, scale)
+
+
+def paged_attention(
+    query: np.ndarray, k_cache: np.ndarray, v_cache: np.ndarray, *index: np.ndarray, **options: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """(out [num_tokens, num_heads, v_head_dim], lse [num_tokens, num_heads]) in float64; arguments as `_rows` has."""
+    out = np.zeros((*query.shape[:2], v_cache.shape[3]))
+    lse = np.full(query.shape[:2], -np.inf)
+    for rows in _rows(query, k_cache, v_cache, *index, **options):
+        seen = rows.visible.any(1)
+        scores = np.where(rows.visible, rows.q @ rows.k.T * rows.scale, -np.inf)
+        top = np.where(seen, scores.max(1), 0.0)
+        weights = np.exp(scores - top[:, None])
+        total = np.where(seen, weights.sum(1), 1.0)
+        out[rows.start : rows.stop, rows.head] = weights @ rows.v / total[:, None]
+        lse[rows.start : rows.stop, rows.head] = np.where(seen, top + np.log(total), -np.inf)
     return out, lse
+
+
+def rounding_error(want: np.ndarray, dtype: torch.dtype, *args: np.ndarray, **options: Any) -> np.ndarray:
+    """The error that the best algorithm in `dtype` makes, [num_tokens, num_heads, v_head_dim].
+
+    It has scores in float32, weights rounded to `dtype`, and its output rounded to `dtype`.
+    """
+    out = np.zeros_like(want)
+    for rows in _rows(*args, **options):
+        q, k, v = (x.astype(np.float32) for x in (rows.q, rows.k, rows.v))
+        scores = np.where(rows.visible, q @ k.T * np.float32(rows.scale), np.float32(-np.inf))
+        top = scores.max(1)
+        weights = _rounded(np.exp(scores - np.where(np.isneginf(top), np.float32(0), top)[:, None]), dtype)
+        total = weights.sum(1)
+        out[rows.start : rows.stop, rows.head] = weights @ v / np.where(total == 0, np.float32(1), total)[:, None]
+    return np.abs(_rounded(out, dtype) - want)
+
+
+def _rounded(x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    return torch.from_numpy(x).to(dtype).to(torch.from_numpy(x).dtype).numpy()
 
 
 GARBAGE = -(2**31)  # table entries that must not be read
@@ -74,9 +115,13 @@ class Batch:
     def args(self) -> tuple[torch.Tensor, ...]:
         return (self.query, self.k_cache, self.v_cache, self.block_table, self.seq_lens, self.query_start_loc)
 
+    @property
+    def arrays(self) -> list[np.ndarray]:
+        """The arguments as NumPy arrays, floats in float64."""
+        return [(t.double() if t.is_floating_point() else t).cpu().numpy() for t in self.args]
+
     def expected(self, **options: Any) -> tuple[np.ndarray, np.ndarray]:
-        floats = [t.double().cpu().numpy() for t in (self.query, self.k_cache, self.v_cache)]
-        return paged_attention(*floats, *(t.cpu().numpy() for t in self.args[3:]), **options)
+        return paged_attention(*self.arrays, **options)
 
 
 def empty_cache(
@@ -147,13 +192,28 @@ LSE_GATE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-3}
 
 
 def check(batch: Batch, out: torch.Tensor, lse: torch.Tensor | None = None, **options: Any) -> None:
-    """Compares a result with the oracle by the gates above."""
+    """Compares a result with the oracle: over the whole batch, and row by row.
+
+    A row is one token's output of one head. Its error stays under the gate too, or, where it is so short or its values
+    cancel so far that rounding alone exceeds the gate, under twice what the best algorithm makes of that row (and the
+    last bit of a float32 near 1). No element errs by more than twice that algorithm's largest error in the row.
+    """
     want, want_lse = batch.expected(**options)
     got = out.double().cpu().numpy()
     assert np.isfinite(got).all()
+    gate = OUT_GATE[out.dtype]
     norm = np.linalg.norm(want)
     error = np.linalg.norm(got - want) / norm if norm else np.linalg.norm(got)
-    assert error < OUT_GATE[out.dtype], f"relative error {error:.2e}"
+    assert error < gate, f"relative error {error:.2e}"
+
+    best = rounding_error(want, out.dtype, *batch.arrays, **options)
+    size = np.linalg.norm(want, axis=2)
+    allowed = np.maximum(gate * size, 2 * (np.linalg.norm(best, axis=2) + np.finfo(np.float32).eps))
+    row_error = np.linalg.norm(got - want, axis=2)
+    _refuse_where(row_error > allowed, row_error, allowed, "row")
+    peak, allowed = np.abs(got - want).max(2), 2 * best.max(2) + 1e-5
+    _refuse_where(peak > allowed, peak, allowed, "element")
+
     empty = np.isneginf(want_lse)
     assert (got[empty] == 0).all()
     if lse is not None:
@@ -161,3 +221,10 @@ def check(batch: Batch, out: torch.Tensor, lse: torch.Tensor | None = None, **op
         assert (np.isneginf(got_lse) == empty).all()
         lse_error = np.abs(got_lse[~empty] - want_lse[~empty]).max(initial=0)
         assert lse_error < LSE_GATE[out.dtype], f"lse error {lse_error:.2e}"
+
+
+def _refuse_where(bad: np.ndarray, error: np.ndarray, allowed: np.ndarray, what: str) -> None:
+    if bad.any():
+        token, head = (int(i) for i in np.argwhere(bad)[0])
+        message = f"{what} error {error[token, head]:.2e}, allowed {allowed[token, head]:.2e}"
+        raise AssertionError(f"token {token}, head {head}: {message}; {int(bad.sum())} of {bad.size} rows")
