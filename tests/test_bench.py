@@ -6,8 +6,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from pagedcore.bench import __main__ as bench_main
 from pagedcore.bench import harness
 from pagedcore.bench.__main__ import main
 
@@ -27,6 +29,16 @@ def test_quick_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert len(decode) == 2
     assert all(r["unit"] == "GB/s" and r["roofline"] > 0 and r["p10"] <= r["value"] <= r["p90"] for r in decode)
     assert "of plain read" in capsys.readouterr().out
+
+
+def test_without_a_suite_all_of_them_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    suites = {"one": SimpleNamespace(run=lambda session: ran.append("one"))}
+    suites["two"] = SimpleNamespace(run=lambda session: ran.append("two"))
+    monkeypatch.setattr(bench_main, "SUITES", {name: name for name in suites})
+    monkeypatch.setattr(bench_main.importlib, "import_module", suites.__getitem__)
+    assert main([]) == 0
+    assert ran == ["one", "two"]
 
 
 def test_interleave_counts_rounds() -> None:

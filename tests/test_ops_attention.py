@@ -384,10 +384,37 @@ def test_bad_instruction_set_is_refused() -> None:
         check=False,
     )
     assert done.returncode != 0
+    assert "environment variable PAGEDCORE_CPU_ISA is 'avx9000' (hint: use one of scalar, avx2, " in done.stderr
     names = ", ".join(_kernels.cpu_isas())
-    assert f"PAGEDCORE_CPU_ISA: expected one that this machine runs ({names}), got 'avx9000'" in done.stderr
-    with pytest.raises(ValueError, match="avx9000"):
+    with pytest.raises(ValueError, match=rf"name: expected one that this machine runs \({names}\), got 'avx9000'"):
         _kernels.select_cpu_isa("avx9000")
+
+
+def test_the_instruction_set_that_is_read_is_the_one_that_runs() -> None:
+    """The kernels and `environment` read the variable by one rule: case and blanks do not matter to either."""
+    code = "from pagedcore import _kernels, environment; print(_kernels.cpu_isa(), environment.CPU_ISA.read())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PAGEDCORE_CPU_ISA": " Scalar "},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["scalar", "scalar"]
+
+
+@pytest.mark.skipif("avx512_bf16" in _kernels.cpu_isas(), reason="this machine runs every instruction set")
+def test_an_instruction_set_that_cannot_run_is_refused() -> None:
+    code = "from pagedcore import _kernels; _kernels.cpu_isa()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PAGEDCORE_CPU_ISA": "avx512_bf16"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    names = ", ".join(_kernels.cpu_isas())
+    assert f"PAGEDCORE_CPU_ISA: expected one that this machine runs ({names}), got 'avx512_bf16'" in done.stderr
 
 
 def test_calls_from_many_threads(device: str) -> None:
@@ -423,3 +450,22 @@ if pid == 0:
 raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
+
+
+def test_a_daemon_thread_inside_a_kernel_does_not_hinder_the_exit() -> None:
+    """Python ends its threads when they ask for the GIL again: nothing may be unwound through the kernel's frames."""
+    code = """
+import threading, time, numpy as np
+from pagedcore import ops
+ids = lambda *x: np.array(x, np.int32)
+cache = np.zeros((400, 2, 16, 64), np.float32)
+args = (np.ones((1, 2, 64), np.float32), cache, cache, np.arange(400, dtype=np.int32)[None], ids(6400), ids(0, 1))
+def work():
+    while True:
+        ops.paged_attention(*args, num_threads=2)
+for _ in range(3):
+    threading.Thread(target=work, daemon=True).start()
+time.sleep(0.2)
+"""
+    for _ in range(5):
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

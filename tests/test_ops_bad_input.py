@@ -284,7 +284,7 @@ def test_bad_options(name: str, value: object, message: str) -> None:
 @pytest.mark.parametrize("name", ["scale", "window", "num_threads", "split_size", "max_query_len", "max_seq_len"])
 @pytest.mark.parametrize("value", ["x", [1], 2**200])
 def test_options_of_another_type(name: str, value: object) -> None:
-    with pytest.raises((InvalidArgumentError, TypeError)):
+    with pytest.raises((InvalidArgumentError, TypeError), match=f"^{name}: expected"):
         call_attention(**{name: value})
 
 
@@ -406,3 +406,52 @@ def test_indices_are_not_written_over() -> None:
     lens.copy_(torch.tensor([5, 8], dtype=torch.int32))
     with pytest.raises(InvalidArgumentError, match=r"^out: expected memory apart from seq_lens"):
         ops.paged_attention(**{**attention_args(), "out": memory.view(3, 4, 16), "seq_lens": lens})
+
+
+def test_starts_are_checked_before_what_is_said_of_them() -> None:
+    with pytest.raises(
+        InvalidArgumentError, match=r"^query_start_loc\[2\]: expected at least its predecessor, 5, got 3"
+    ):
+        call_attention(query_start_loc=int32(0, 5, 3), max_query_len=1)
+
+
+def test_buffers_without_a_dtype() -> None:
+    """A memoryview has a shape and no dtype: an output for it is a NumPy array."""
+    args = {name: t.numpy() for name, t in attention_args().items() if name not in ("out", "lse")}
+    want, want_lse = ops.paged_attention(**args, return_lse=True)
+    got, lse = ops.paged_attention(**{**args, "query": memoryview(args["query"])}, return_lse=True)
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(lse, want_lse)
+    views = {name: memoryview(array) for name, array in args.items()}
+    np.testing.assert_array_equal(ops.paged_attention(**views), want)
+
+
+@pytest.mark.parametrize("bad", ["yes", None, [], np.zeros(3, bool)])
+def test_causal_is_a_bool(bad: object) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"causal: expected a bool|truth value of an array"):
+        call_attention(causal=bad)
+    ops.paged_attention(**{**attention_args(), "causal": np.bool_(True)})
+
+
+def test_calls_that_do_not_fit_the_signature() -> None:
+    from pagedcore import _kernels
+
+    args = list(attention_args().values())
+    for call, message in [
+        (lambda: _kernels.paged_attention(*args, 1.0), "takes 8 positional arguments but 9 were given"),
+        (lambda: _kernels.paged_attention(*args[:6]), "missing required argument: 'out'"),
+        (lambda: _kernels.paged_attention(*args, scala=1.0), "unexpected keyword argument 'scala'"),
+        (lambda: _kernels.paged_attention(*args, out=args[6]), "multiple values for argument 'out'"),
+        (lambda: _kernels.paged_attention(), "missing required argument: 'query'"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            call()
+
+
+def test_an_error_inside_a_number_comes_through() -> None:
+    class Number:
+        def __index__(self) -> int:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        call_attention(window=Number())

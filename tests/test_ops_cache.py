@@ -55,6 +55,20 @@ def test_many_tokens_on_several_threads(device: str) -> None:
     assert torch.equal(v_cache.transpose(1, 2).reshape(3200, 4, 64)[slots], -key)
 
 
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+def test_of_two_tokens_with_one_slot_the_later_is_kept(device: str, num_threads: int) -> None:
+    """Whole, and whatever the number of threads: a row of one token, never parts of both."""
+    key = torch.arange(4000.0)[:, None, None].expand(4000, 2, 128).contiguous()
+    slots = torch.randint(0, 50, (4000,), generator=torch.Generator().manual_seed(0))
+    last = {slot: token for token, slot in enumerate(slots.tolist())}
+    for _ in range(10):
+        k_cache, v_cache = torch.full((4, 2, 16, 128), -1.0), torch.full((4, 2, 16, 128), -1.0)
+        ops.reshape_and_cache(key, -key, k_cache, v_cache, slots, num_threads=num_threads)
+        for slot, token in last.items():
+            assert (k_cache[slot // 16, :, slot % 16] == token).all()
+            assert (v_cache[slot // 16, :, slot % 16] == -token).all()
+
+
 def test_no_tokens(device: str) -> None:
     k_cache = torch.full((2, 3, 4, 16), 7.0)
     empty = torch.empty(0, 3, 16)
@@ -92,6 +106,26 @@ def test_copies_happen_in_order(device: str) -> None:
     ops.copy_blocks([cache, cache.clone()], torch.tensor([[0, 1], [1, 2], [2, 3]], dtype=torch.int32), num_threads=4)
     assert cache[:, 0].tolist() == [0, 0, 0, 0, 4]
     assert torch.equal(cache, cache[:, :1].expand(5, 100_000))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(9, 100_000), (9, 99_999), (9, 70_001, 3), (9, 300, 5, 64), (9, 2, 60_000)],
+    ids=["even", "odd", "odd rows", "many runs", "few runs"],
+)
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 7])
+def test_large_blocks_are_copied_by_parts(shape: tuple[int, ...], num_threads: int) -> None:
+    """A chain of copies through one cache, in contiguous blocks and in strided ones."""
+    pairs = torch.tensor([[1, 2], [2, 3], [0, 1], [3, 8], [5, 5], [8, 0], [1, 7]], dtype=torch.int32)
+    wide = torch.randn(*shape[:-1], shape[-1] + 1)
+    for cache in (wide[..., 1:].contiguous(), wide[..., 1:]):
+        want = cache.clone()
+        for source, target in pairs.tolist():
+            want[target] = want[source]
+        outside = wide[..., 0].clone()
+        ops.copy_blocks(cache, pairs, num_threads=num_threads)
+        assert torch.equal(cache, want)
+        assert torch.equal(wide[..., 0], outside)
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 
+import numpy as np
 import pagedcore.torch
 import pytest
 import torch
 from pagedcore import ops
+from pagedcore.errors import InvalidArgumentError
 from pagedcore.layout import KVCacheLayout
 
 
@@ -98,7 +101,121 @@ def test_fake_tensors_pass_without_data() -> None:
 def test_dispatcher_is_asked_only_when_needed() -> None:
     assert not pagedcore.torch.needs_dispatcher(torch.empty(1))
     assert not pagedcore.torch.needs_dispatcher(torch.nn.Parameter(torch.empty(1)))
-    assert not pagedcore.torch.needs_dispatcher(object())
+    assert not pagedcore.torch.needs_dispatcher(object(), None, np.ones(2))
+
+
+class Traced(torch.Tensor):
+    """A subclass that notes which operators it meets."""
+
+    seen: list[str]
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        cls.seen.append(str(func))
+        with torch._C._DisableTorchDispatch():
+            return func(*args, **(kwargs or {}))
+
+
+def test_every_tensor_argument_is_looked_at() -> None:
+    """A subclass in any place makes a call go through the dispatcher."""
+    args = make_call()
+    outputs = {"out": torch.zeros(4, 4, 16), "lse": torch.zeros(4, 4)}
+    for i in range(len(args)):
+        Traced.seen = []
+        ops.paged_attention(*(a.as_subclass(Traced) if i == j else a for j, a in enumerate(args)), **outputs)
+        assert Traced.seen[-1] == "pagedcore.paged_attention.default", i
+    for name in outputs:
+        Traced.seen = []
+        ops.paged_attention(*args, **{**outputs, name: outputs[name].as_subclass(Traced)})
+        assert Traced.seen[-1] == "pagedcore.paged_attention.default", name
+    key, slots = torch.randn(4, 2, 16), torch.arange(4)
+    writes = [key, key, args[1], args[2], slots]
+    for i in range(len(writes)):
+        Traced.seen = []
+        ops.reshape_and_cache(*(a.as_subclass(Traced) if i == j else a for j, a in enumerate(writes)))
+        assert Traced.seen[-1] == "pagedcore.reshape_and_cache.default", i
+    pairs = torch.tensor([[1, 2]], dtype=torch.int32)
+    for caches, index in (([args[1], args[2].as_subclass(Traced)], pairs), ([args[1]], pairs.as_subclass(Traced))):
+        Traced.seen = []
+        ops.copy_blocks(caches, index)
+        ops.zero_blocks(caches, index[0].as_subclass(type(index)))
+        assert [name for name in Traced.seen if "pagedcore" in name] == [
+            "pagedcore.copy_blocks.default",
+            "pagedcore.zero_blocks.default",
+        ]
+
+
+FAKE_FAULTS = [
+    ("query", lambda t: t[0], "expected shape"),
+    ("query", lambda t: t.double(), "expected dtype"),
+    ("query", lambda t: t[:, :3], "multiple of num_kv_heads"),
+    ("query", lambda t: t[..., :8], "expected head_dim = 8"),
+    ("k_cache", lambda t: t.half(), "expected dtype"),
+    ("v_cache", lambda t: t[:, :, :3], "expected block_size = 4"),
+    ("v_cache", lambda t: t[:5], "expected num_blocks = 6"),
+    ("block_table", lambda t: t.long(), "expected dtype"),
+    ("block_table", lambda t: t[0], "expected shape"),
+    ("seq_lens", lambda t: t[:1], "expected num_seqs = "),
+    ("seq_lens", lambda t: t.float(), "expected dtype"),
+    ("query_start_loc", lambda t: t[:2], "one entry more"),
+    ("out", lambda t: t[:3], "expected num_tokens = 4"),
+    ("out", lambda t: t.bfloat16(), "expected dtype"),
+    ("lse", lambda t: t.double(), "expected dtype"),
+    ("lse", lambda t: t[:, :3], "expected num_heads = 4"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), FAKE_FAULTS)
+def test_fakes_refuse_what_the_kernels_refuse(
+    name: str, change: Callable[[torch.Tensor], torch.Tensor], message: str
+) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    names = ["query", "k_cache", "v_cache", "block_table", "seq_lens", "query_start_loc", "out", "lse"]
+    args = dict(zip(names, (*make_call(), torch.zeros(4, 4, 16), torch.zeros(4, 4)), strict=True))
+    args[name] = change(args[name])
+    if name == "query" and args[name].shape[1:2] == (3,):
+        args["out"], args["lse"] = args["out"][:, :3], args["lse"][:, :3]
+    with pytest.raises(InvalidArgumentError):
+        ops.paged_attention(**args)
+    with FakeTensorMode() as mode:
+        fakes = {key: mode.from_tensor(value) for key, value in args.items()}
+        with pytest.raises(InvalidArgumentError, match=message):
+            ops.paged_attention(**fakes)
+
+
+def test_fakes_of_cache_ops_refuse_too() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        cache, key = torch.empty(6, 2, 4, 16), torch.empty(3, 2, 16)
+        slots, pairs = torch.empty(3, dtype=torch.int64), torch.empty(2, 2, dtype=torch.int32)
+        ops.reshape_and_cache(key, key, cache, cache, slots)
+        ops.copy_blocks([cache], pairs)
+        for call in (
+            lambda: ops.reshape_and_cache(key, key[:2], cache, cache, slots),
+            lambda: ops.reshape_and_cache(key, key, cache, cache, slots.int()),
+            lambda: ops.copy_blocks([cache], pairs[:, :1]),
+            lambda: ops.copy_blocks([cache], pairs.long()),
+            lambda: ops.copy_blocks([torch.empty(3)], pairs),
+            lambda: ops.zero_blocks([cache], pairs),
+        ):
+            with pytest.raises(InvalidArgumentError, match="expected"):
+                call()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler about its own modules
+def test_compile_with_symbolic_sizes() -> None:
+    """The checks of the fakes become guards, and hold for other sizes too."""
+
+    def step(query: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        return ops.paged_attention(query, *rest) + 1
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    args = make_call()
+    torch.testing.assert_close(compiled(*args), step(*args), rtol=0, atol=0)
+    longer = (*args[:3], args[3].repeat(2, 1), args[4].repeat(2), torch.tensor([0, 1, 2, 3, 4], dtype=torch.int32))
+    torch.testing.assert_close(compiled(*longer), step(*longer), rtol=0, atol=0)
 
 
 def test_numpy_callers_never_import_torch() -> None:
@@ -106,6 +223,7 @@ def test_numpy_callers_never_import_torch() -> None:
 import sys
 import numpy as np
 from pagedcore import ops
+from pagedcore.errors import InvalidArgumentError
 from pagedcore.layout import KVCacheLayout
 kv = KVCacheLayout(3, 4, 1, 1, 8, "float32").allocate()
 k, v = kv.layer(0)
@@ -119,6 +237,16 @@ assert (k[2, 0, :2] == 1).all() and (k[1] == 0).all()
 assert "torch" not in sys.modules
 from pagedcore import _kernels
 assert _kernels.thread_runtime() == "own threads", _kernels.thread_runtime()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_torch_that_is_there_before_registers_at_once() -> None:
+    code = """
+import torch
+from pagedcore import ops
+import sys
+assert "pagedcore.torch" in sys.modules and torch.ops.pagedcore.zero_blocks
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 

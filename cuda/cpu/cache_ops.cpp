@@ -17,16 +17,20 @@ int useful_threads(int num_threads, int64_t bytes) {
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(num_threads, bytes / kBytesPerThread)));
 }
 
-// Splits [0, count) evenly: thread i of n takes one range.
+// Calls body(share) for every share in [0, count), on as many threads.
 template <class Body>
-void parallel_ranges(int num_threads, int64_t count, const Body& body) {
+void parallel_shares(int count, const Body& body) {
   std::atomic<int> cursor{0};
-  const auto run = [&](int) {
-    for (int i; (i = cursor.fetch_add(1, std::memory_order_relaxed)) < num_threads;) {
-      body(count * i / num_threads, count * (i + 1) / num_threads);
-    }
-  };
-  parallel(num_threads, run);
+  parallel(count, [&](int) {
+    for (int share; (share = cursor.fetch_add(1, std::memory_order_relaxed)) < count;) body(share);
+  });
+}
+
+// Which of `count` shares a slot belongs to: always the same one, so that of two tokens with one slot the later one is
+// written last. Runs of slots stay together, and Fibonacci hashing deals them out evenly, neighbours or not.
+int share_of(int64_t slot, int count) {
+  const uint64_t hash = static_cast<uint64_t>(slot >> 4) * 0x9E3779B97F4A7C15u >> 32;
+  return static_cast<int>(hash * static_cast<uint64_t>(count) >> 32);
 }
 
 void write_side(const CacheWriteParams& p, const char* source, int64_t token_stride, int64_t head_stride,
@@ -74,6 +78,32 @@ int64_t block_bytes(const std::vector<BlockRegion>& regions) {
   return bytes;
 }
 
+// Regions whose blocks together are the blocks of `regions`, enough of them for all threads where that can be had:
+// whole regions, else pieces of their longest axis (the contiguous run, or the outermost one).
+std::vector<BlockRegion> cut_blocks(const std::vector<BlockRegion>& regions, int threads) {
+  if (static_cast<int>(regions.size()) >= threads) return regions;
+  constexpr int64_t kLeastRun = 4096;  // bytes: shorter copies are slower, and threads would share cache lines
+  std::vector<BlockRegion> parts;
+  for (const BlockRegion& whole : regions) {
+    const bool cut_run = whole.contiguous_bytes >= threads * kLeastRun || whole.shape.empty();
+    const int64_t unit = cut_run ? 64 : 1;  // runs are cut between cache lines
+    const int64_t extent = cut_run ? (whole.contiguous_bytes + unit - 1) / unit : whole.shape[0];
+    const int64_t count = std::min<int64_t>(threads, extent);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t first = extent * i / count * unit, last = extent * (i + 1) / count * unit;
+      BlockRegion& part = parts.emplace_back(whole);
+      if (cut_run) {
+        part.data += first;
+        part.contiguous_bytes = std::min(last, whole.contiguous_bytes) - first;
+      } else {
+        part.data += first * whole.strides[0];
+        part.shape[0] = last - first;
+      }
+    }
+  }
+  return parts;
+}
+
 }  // namespace
 
 void reshape_and_cache(const CacheWriteParams& p, int64_t num_blocks, int num_threads) {
@@ -86,11 +116,11 @@ void reshape_and_cache(const CacheWriteParams& p, int64_t num_blocks, int num_th
                             " blocks of " + std::to_string(p.block_size) + " tokens), or negative for padding",
                         std::to_string(slot));
   }
-  const int64_t bytes = p.num_tokens * p.num_kv_heads * (p.key_bytes + p.value_bytes);
-  parallel_ranges(useful_threads(num_threads, bytes), p.num_tokens, [&](int64_t first, int64_t last) {
-    for (int64_t token = first; token < last; ++token) {
+  const int shares = useful_threads(num_threads, p.num_tokens * p.num_kv_heads * (p.key_bytes + p.value_bytes));
+  parallel_shares(shares, [&](int share) {
+    for (int64_t token = 0; token < p.num_tokens; ++token) {
       const int64_t slot = p.slot_mapping[token];
-      if (slot < 0) continue;
+      if (slot < 0 || share_of(slot, shares) != share) continue;
       const int64_t block = slot / p.block_size, offset = slot % p.block_size;
       write_side(p, static_cast<const char*>(p.key), p.key_token_stride, p.key_head_stride, p.k, p.key_bytes, token,
                  block, offset);
@@ -102,13 +132,15 @@ void reshape_and_cache(const CacheWriteParams& p, int64_t num_blocks, int num_th
 
 void copy_blocks(const std::vector<BlockRegion>& regions, const int32_t* pairs, int64_t num_pairs, int num_threads) {
   check_blocks("pairs", pairs, num_pairs, 2, least_blocks(regions));
-  // Pairs stay in order within a region, since a later one may read what an earlier one wrote; regions are independent.
+  // A later pair may read what an earlier one wrote, so threads take parts of every block and not pairs: each part goes
+  // through all pairs in order.
   const int threads = useful_threads(num_threads, num_pairs * block_bytes(regions));
-  const bool by_region = static_cast<int>(regions.size()) >= threads;
-  const auto copy = [&](int64_t first, int64_t last, int64_t from, int64_t to) {
-    for (int64_t r = first; r < last; ++r) {
-      const BlockRegion& region = regions[static_cast<size_t>(r)];
-      for (int64_t i = from; i < to; ++i) {
+  const std::vector<BlockRegion> parts = cut_blocks(regions, threads);
+  std::atomic<size_t> cursor{0};
+  parallel(threads, [&](int) {
+    for (size_t part; (part = cursor.fetch_add(1, std::memory_order_relaxed)) < parts.size();) {
+      const BlockRegion& region = parts[part];
+      for (int64_t i = 0; i < num_pairs; ++i) {
         const char* source = region.data + pairs[2 * i] * region.block_stride;
         char* target = region.data + pairs[2 * i + 1] * region.block_stride;
         if (source == target) continue;
@@ -117,20 +149,15 @@ void copy_blocks(const std::vector<BlockRegion>& regions, const int32_t* pairs, 
         });
       }
     }
-  };
-  const auto count = static_cast<int64_t>(regions.size());
-  if (by_region) {
-    parallel_ranges(threads, count, [&](int64_t first, int64_t last) { copy(first, last, 0, num_pairs); });
-  } else {
-    copy(0, count, 0, num_pairs);
-  }
+  });
 }
 
 void zero_blocks(const std::vector<BlockRegion>& regions, const int32_t* blocks, int64_t count, int num_threads) {
   check_blocks("blocks", blocks, count, 1, least_blocks(regions));
-  parallel_ranges(useful_threads(num_threads, count * block_bytes(regions)), count, [&](int64_t first, int64_t last) {
+  const int shares = useful_threads(num_threads, count * block_bytes(regions));
+  parallel_shares(shares, [&](int share) {
     for (const BlockRegion& region : regions) {
-      for (int64_t i = first; i < last; ++i) {
+      for (int64_t i = count * share / shares; i < count * (share + 1) / shares; ++i) {
         char* target = region.data + blocks[i] * region.block_stride;
         for_each_run(region, [&](int64_t offset) {
           std::memset(target + offset, 0, static_cast<size_t>(region.contiguous_bytes));

@@ -1,7 +1,6 @@
 #include "isa.h"
 
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -40,7 +39,7 @@ std::vector<const Isa*> runnable() {
   return list;
 }
 
-const Isa& find(const char* wanted, const char* source) {
+const Isa& find(const char* source, const char* wanted) {
   std::string names;
   for (const Isa* isa : runnable()) {
     if (std::strcmp(isa->name, wanted) == 0) return *isa;
@@ -60,15 +59,18 @@ std::atomic<const Isa*> selected{nullptr};
 
 }  // namespace
 
-const Isa& selected_isa() {
-  if (const Isa* isa = selected.load(std::memory_order_acquire)) return *isa;
-  const char* wanted = std::getenv("PAGEDCORE_CPU_ISA");
-  const Isa& isa = wanted && *wanted ? find(wanted, "PAGEDCORE_CPU_ISA") : *runnable().back();
-  selected.store(&isa, std::memory_order_release);
-  return isa;
+bool isa_selected() { return selected.load(std::memory_order_acquire) != nullptr; }
+
+void select_best_isa() { selected.store(runnable().back(), std::memory_order_release); }
+
+void select_isa(const char* source, const char* name) {
+  selected.store(&find(source, name), std::memory_order_release);
 }
 
-void select_isa(const char* name) { selected.store(&find(name, "name"), std::memory_order_release); }
+const Isa& selected_isa() {
+  if (!isa_selected()) select_best_isa();
+  return *selected.load(std::memory_order_acquire);
+}
 
 std::vector<std::string> runnable_isas() {
   std::vector<std::string> names;

@@ -30,11 +30,15 @@ struct Isa {
   float (*read)(const void* data, int64_t bytes);
 };
 
-// Chosen at first use: the best one this machine runs, or what PAGEDCORE_CPU_ISA names. Throws IsaError if that is
-// unknown or not runnable.
+// Whether a choice has been made. It is made once, before the first call that needs it.
+bool isa_selected();
+// The best one that this machine runs.
+void select_best_isa();
+// The one with this name. Throws an ArgumentError that names `source` if it is unknown or cannot run here, and then
+// changes nothing.
+void select_isa(const char* source, const char* name);
+// What was chosen, or the best one.
 const Isa& selected_isa();
-// Another choice for the calls to come; throws as above and then changes nothing. For tests.
-void select_isa(const char* name);
 std::vector<std::string> runnable_isas();
 
 }  // namespace pagedcore::cpu

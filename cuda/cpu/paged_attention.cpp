@@ -25,6 +25,12 @@ std::string at(const char* name, int64_t i) { return std::string(name) + "[" + s
   throw ArgumentError(Fault::invalid_argument, std::move(argument), std::move(expected), std::to_string(got));
 }
 
+[[noreturn]] void refuse_limit(const char* argument, int64_t limit, const char* what, int32_t seq, int64_t value) {
+  refuse(argument,
+         std::string("at least the ") + what + " of sequence " + std::to_string(seq) + ", " + std::to_string(value),
+         limit);
+}
+
 // Only entries that would be read are looked at: the rest of a table may hold anything.
 void check_table_row(const AttentionParams& p, int32_t seq, KeyRange keys) {
   const int32_t* row = table_row(p, seq);
@@ -62,6 +68,8 @@ void check_indices(const AttentionParams& p) {
              p.block_table_rows[seq]);
     }
     const int64_t query_len = loc[seq + 1] - loc[seq];
+    if (query_len > p.max_query_len) refuse_limit("max_query_len", p.max_query_len, "query length", seq, query_len);
+    if (seq_len > p.max_seq_len) refuse_limit("max_seq_len", p.max_seq_len, "length", seq, seq_len);
     if (seq_len == 0 || query_len == 0) continue;
     if (seq_len > capacity) {
       refuse(at("seq_lens", seq),

@@ -7,6 +7,7 @@
 #include <deque>
 #include <optional>
 
+#include "call.h"
 #include "cpu.h"
 #include "errors.h"
 #include "isa.h"
@@ -26,14 +27,28 @@ constexpr auto kFloats = {DType::f32, DType::f16, DType::bf16};
 
 Pages pages_of(const Tensor& t) { return {t.data, t.strides[0], t.strides[1], t.strides[2]}; }
 
-int64_t positive(const char* argument, int64_t value) {
-  if (value < 1) refuse(argument, "1 or more", std::to_string(value));
+int64_t at_least(int64_t least, const char* argument, int64_t value) {
+  if (value < least) refuse(argument, std::to_string(least) + " or more", std::to_string(value));
   return value;
 }
 
-int threads_of(std::optional<int64_t> num_threads) {
-  if (!num_threads) return cpu::max_threads();
-  return static_cast<int>(std::min<int64_t>(positive("num_threads", *num_threads), 1024));
+int threads_of(PyObject* num_threads) {
+  const std::optional<int64_t> wanted = optional_int("num_threads", num_threads);
+  if (!wanted) return cpu::max_threads();
+  return static_cast<int>(std::min<int64_t>(at_least(1, "num_threads", *wanted), INT32_MAX));
+}
+
+// The environment variable is read by pagedcore.environment alone, once, at the first call that needs an answer.
+void require_isa() {
+  if (cpu::isa_selected()) return;
+  const py::object variable = py::module_::import("pagedcore.environment").attr("CPU_ISA");
+  const py::object name = variable.attr("read")();
+  if (name.is_none()) {
+    cpu::select_best_isa();
+  } else {
+    const auto source = py::cast<std::string>(variable.attr("name"));
+    cpu::select_isa(source.c_str(), py::cast<std::string>(name).c_str());
+  }
 }
 
 // A size that must be at least 1 and fit the 32 bits that kernels keep it in.
@@ -45,14 +60,34 @@ int32_t size32(const Tensor& tensor, const char* symbol, int64_t size, int64_t l
   return static_cast<int32_t>(size);
 }
 
-void paged_attention(py::handle query, py::handle k_cache, py::handle v_cache, py::handle block_table,
-                     py::handle seq_lens, py::handle query_start_loc, py::handle out, py::object lse,
-                     std::optional<double> scale, bool causal, std::optional<int64_t> window,
-                     std::optional<int64_t> max_query_len, std::optional<int64_t> max_seq_len,
-                     py::object block_table_rows, std::optional<int64_t> split_size,
-                     std::optional<int64_t> num_threads) {
-  const Tensor q("query", query), k("k_cache", k_cache), v("v_cache", v_cache), table("block_table", block_table),
-      lens("seq_lens", seq_lens), loc("query_start_loc", query_start_loc), o("out", out);
+constexpr Signature kPagedAttention{
+    "paged_attention",
+    8,
+    7,
+    16,
+    {"query", "k_cache", "v_cache", "block_table", "seq_lens", "query_start_loc", "out", "lse", "scale", "causal",
+     "window", "max_query_len", "max_seq_len", "block_table_rows", "split_size", "num_threads"}};
+
+bool given(PyObject* value) { return value && value != Py_None; }
+
+void paged_attention(PyObject* const* values) {
+  // Scalars first: their conversion may run Python code, and tensors are only borrowed.
+  AttentionParams p{};
+  const auto scale = optional_float("scale", values[8]);
+  p.causal = bool_or(true, "causal", values[9]);
+  if (const auto window = optional_int("window", values[10])) {
+    p.window = at_least(1, "window", *window);
+    if (!p.causal) throw ArgumentError(Fault::unsupported, "window", "causal=True with a window", "causal=False");
+  }
+  p.max_query_len = at_least(0, "max_query_len", optional_int("max_query_len", values[11]).value_or(INT64_MAX));
+  p.max_seq_len = at_least(0, "max_seq_len", optional_int("max_seq_len", values[12]).value_or(INT64_MAX));
+  const auto split_size = optional_int("split_size", values[14]);
+  if (split_size && *split_size < 0) refuse("split_size", "None, 0 or a number of tokens", std::to_string(*split_size));
+  const int threads = threads_of(values[15]);
+
+  const Tensor q("query", values[0]), k("k_cache", values[1]), v("v_cache", values[2]), table("block_table", values[3]),
+      lens("seq_lens", values[4]), loc("query_start_loc", values[5]), o("out", values[6]);
+  PyObject *const lse = values[7], *const block_table_rows = values[13];
   require_dtype(q, kFloats);
   require_same_dtype(k, q);
   require_same_dtype(v, q);
@@ -66,13 +101,12 @@ void paged_attention(py::handle query, py::handle k_cache, py::handle v_cache, p
   sizes.match(k, {"num_blocks", "num_kv_heads", "block_size", "head_dim"});
   sizes.match(v, {"num_blocks", "num_kv_heads", "block_size", "v_head_dim"});
   sizes.match(lens, {"num_seqs"});
-  sizes.match(table, {block_table_rows.is_none() ? "num_seqs" : "table_rows", "max_blocks"});
+  sizes.match(table, {given(block_table_rows) ? "table_rows" : "num_seqs", "max_blocks"});
   sizes.match(loc, {"num_seqs + 1"});
   sizes.match(o, {"num_tokens", "num_heads", "v_head_dim"});
   require_writable(o);
   for (const Tensor* read : {&q, &k, &v, &table, &lens, &loc}) require_disjoint(o, *read);
 
-  AttentionParams p{};
   p.dtype = q.dtype;
   p.num_tokens = sizes["num_tokens"];
   p.num_blocks = sizes["num_blocks"];
@@ -108,7 +142,7 @@ void paged_attention(py::handle query, py::handle k_cache, py::handle v_cache, p
   p.out_head_stride = o.strides[1];
 
   std::optional<Tensor> lse_tensor, rows_tensor;
-  if (!lse.is_none()) {
+  if (given(lse)) {
     const Tensor& t = lse_tensor.emplace("lse", lse);
     require_dtype(t, {DType::f32});
     if (t.ndim == 2 && t.shape[0] == p.num_tokens && t.shape[1] == p.num_heads) {
@@ -121,79 +155,58 @@ void paged_attention(py::handle query, py::handle k_cache, py::handle v_cache, p
     for (const Tensor* other : {&q, &k, &v, &o, &table, &lens, &loc}) require_disjoint(t, *other);
     p.lse = t.as<float>();
   }
-  if (!block_table_rows.is_none()) {
+  if (given(block_table_rows)) {
     const Tensor& t = rows_tensor.emplace("block_table_rows", block_table_rows);
     require_dtype(t, {DType::i32});
     sizes.match(t, {"num_seqs"});
     p.block_table_rows = t.as<const int32_t>();
   }
 
-  const double factor = scale ? *scale : 1.0 / std::sqrt(static_cast<double>(p.head_dim));
+  const double factor = scale.value_or(1.0 / std::sqrt(static_cast<double>(p.head_dim)));
   if (!std::isfinite(factor) || !std::isfinite(static_cast<float>(factor)))
     refuse("scale", "a finite float32", std::to_string(factor));
   p.scale = static_cast<float>(factor);
-  p.causal = causal;
-  if (window) p.window = positive("window", *window);
-  if (window && !causal) throw ArgumentError(Fault::unsupported, "window", "causal=True with a window", "causal=False");
-  if (split_size && *split_size < 0) refuse("split_size", "None, 0 or a number of tokens", std::to_string(*split_size));
-  if (max_query_len && *max_query_len < 0) refuse("max_query_len", "0 or more", std::to_string(*max_query_len));
-  if (max_seq_len && *max_seq_len < 0) refuse("max_seq_len", "0 or more", std::to_string(*max_seq_len));
-  if (p.num_seqs > 0) {
-    for (int32_t i = 0; i < p.num_seqs && (max_query_len || max_seq_len); ++i) {
-      const int64_t query_len = static_cast<int64_t>(p.query_start_loc[i + 1]) - p.query_start_loc[i];
-      if (max_query_len && query_len > *max_query_len) {
-        refuse("max_query_len",
-               "at least the query length of sequence " + std::to_string(i) + ", " + std::to_string(query_len),
-               std::to_string(*max_query_len));
-      }
-      if (max_seq_len && p.seq_lens[i] > *max_seq_len) {
-        refuse("max_seq_len",
-               "at least the length of sequence " + std::to_string(i) + ", " + std::to_string(p.seq_lens[i]),
-               std::to_string(*max_seq_len));
-      }
-    }
-  }
-  const int threads = threads_of(num_threads);
-  const py::gil_scoped_release release;
-  cpu::paged_attention(p, split_size ? *split_size : -1, threads);
+  require_isa();
+  without_gil([&] { cpu::paged_attention(p, split_size.value_or(-1), threads); });
 }
 
-void reshape_and_cache(py::handle key, py::handle value, py::handle k_cache, py::handle v_cache,
-                       py::handle slot_mapping, std::optional<int64_t> num_threads) {
-  const Tensor key_t("key", key), value_t("value", value), k("k_cache", k_cache), v("v_cache", v_cache),
-      slots("slot_mapping", slot_mapping);
-  require_dtype(key_t, kFloats);
-  for (const Tensor* t : {&value_t, &k, &v}) require_same_dtype(*t, key_t);
+constexpr Signature kReshapeAndCache{
+    "reshape_and_cache", 5, 5, 6, {"key", "value", "k_cache", "v_cache", "slot_mapping", "num_threads"}};
+
+void reshape_and_cache(PyObject* const* values) {
+  const int threads = threads_of(values[5]);
+  const Tensor key("key", values[0]), value("value", values[1]), k("k_cache", values[2]), v("v_cache", values[3]),
+      slots("slot_mapping", values[4]);
+  require_dtype(key, kFloats);
+  for (const Tensor* t : {&value, &k, &v}) require_same_dtype(*t, key);
   require_dtype(slots, {DType::i64});
   Sizes sizes;
-  sizes.match(key_t, {"num_tokens", "num_kv_heads", "head_dim"});
-  sizes.match(value_t, {"num_tokens", "num_kv_heads", "v_head_dim"});
+  sizes.match(key, {"num_tokens", "num_kv_heads", "head_dim"});
+  sizes.match(value, {"num_tokens", "num_kv_heads", "v_head_dim"});
   sizes.match(k, {"num_blocks", "num_kv_heads", "block_size", "head_dim"});
   sizes.match(v, {"num_blocks", "num_kv_heads", "block_size", "v_head_dim"});
   sizes.match(slots, {"num_tokens"});
   for (const Tensor* cache : {&k, &v}) {
     require_writable(*cache);
-    for (const Tensor* read : {&key_t, &value_t, &slots}) require_disjoint(*cache, *read);
+    for (const Tensor* read : {&key, &value, &slots}) require_disjoint(*cache, *read);
   }
   CacheWriteParams p{};
-  p.key = key_t.data;
-  p.value = value_t.data;
-  p.key_token_stride = key_t.strides[0];
-  p.key_head_stride = key_t.strides[1];
-  p.value_token_stride = value_t.strides[0];
-  p.value_head_stride = value_t.strides[1];
+  p.key = key.data;
+  p.value = value.data;
+  p.key_token_stride = key.strides[0];
+  p.key_head_stride = key.strides[1];
+  p.value_token_stride = value.strides[0];
+  p.value_head_stride = value.strides[1];
   p.k = pages_of(k);
   p.v = pages_of(v);
   p.slot_mapping = slots.as<const int64_t>();
   p.num_tokens = sizes["num_tokens"];
   p.num_kv_heads = size32(k, "num_kv_heads", sizes["num_kv_heads"]);
   p.block_size = size32(k, "block_size", sizes["block_size"]);
-  p.element_size = key_t.element_size;
+  p.element_size = key.element_size;
   p.key_bytes = sizes["head_dim"] * p.element_size;
   p.value_bytes = sizes["v_head_dim"] * p.element_size;
-  const int threads = threads_of(num_threads);
-  const py::gil_scoped_release release;
-  cpu::reshape_and_cache(p, sizes["num_blocks"], threads);
+  without_gil([&] { cpu::reshape_and_cache(p, sizes["num_blocks"], threads); });
 }
 
 // A tensor's blocks with their inner axes in memory order and merged, so that a transposed view of a dense block is
@@ -229,53 +242,66 @@ cpu::BlockRegion region_of(const Tensor& t) {
   return region;
 }
 
+// The caches of a block op: a list or tuple of tensors.
 struct BlockArgs {
-  std::deque<Tensor> tensors;  // keep buffer views alive; a deque does not move its elements
+  py::object owner;            // keeps the tensors
+  std::deque<Tensor> tensors;  // keep buffer views; a deque does not move its elements
   std::vector<cpu::BlockRegion> regions;
 
-  explicit BlockArgs(const py::sequence& caches) {
-    for (const py::handle cache : caches) regions.push_back(region_of(tensors.emplace_back("kv", cache)));
+  explicit BlockArgs(PyObject* caches) : owner(py::reinterpret_steal<py::object>(PySequence_Tuple(caches))) {
+    if (!owner) throw py::error_already_set();
+    for (const py::handle cache : py::reinterpret_borrow<py::tuple>(owner))
+      regions.push_back(region_of(tensors.emplace_back("kv", cache)));
   }
 };
 
-void copy_blocks(const py::sequence& caches, py::handle pairs, std::optional<int64_t> num_threads) {
-  const BlockArgs blocks(caches);
-  const Tensor t("pairs", pairs);
-  require_dtype(t, {DType::i32});
+constexpr Signature kCopyBlocks{"copy_blocks", 2, 2, 3, {"caches", "pairs", "num_threads"}};
+
+void copy_blocks(PyObject* const* values) {
+  const int threads = threads_of(values[2]);
+  const BlockArgs blocks(values[0]);
+  const Tensor pairs("pairs", values[1]);
+  require_dtype(pairs, {DType::i32});
   Sizes sizes;
-  sizes.match(t, {"num_pairs", "2"});
-  if (t.shape[1] != 2 || (t.shape[0] > 1 && t.strides[0] != 2))
+  sizes.match(pairs, {"num_pairs", "2"});
+  if (pairs.shape[1] != 2 || (pairs.shape[0] > 1 && pairs.strides[0] != 2))
     refuse("pairs", "contiguous int32 [num_pairs, 2]", "another shape or stride");
-  const int threads = threads_of(num_threads);
-  const py::gil_scoped_release release;
-  cpu::copy_blocks(blocks.regions, t.as<const int32_t>(), t.shape[0], threads);
+  for (const Tensor& cache : blocks.tensors) require_disjoint(cache, pairs);
+  without_gil([&] { cpu::copy_blocks(blocks.regions, pairs.as<const int32_t>(), pairs.shape[0], threads); });
 }
 
-void zero_blocks(const py::sequence& caches, py::handle ids, std::optional<int64_t> num_threads) {
-  const BlockArgs blocks(caches);
-  const Tensor t("blocks", ids);
-  require_dtype(t, {DType::i32});
-  Sizes sizes;
-  sizes.match(t, {"count"});
-  const int threads = threads_of(num_threads);
-  const py::gil_scoped_release release;
-  cpu::zero_blocks(blocks.regions, t.as<const int32_t>(), t.shape[0], threads);
-}
+constexpr Signature kZeroBlocks{"zero_blocks", 2, 2, 3, {"caches", "blocks", "num_threads"}};
 
-void read_range(py::handle tensor, std::optional<int64_t> num_threads) {
-  const Tensor t("tensor", tensor);
-  Sizes sizes;
-  sizes.match(t, {"bytes"});
-  const int threads = threads_of(num_threads);
-  const py::gil_scoped_release release;
-  cpu::read_range(t.data, t.shape[0] * t.element_size, threads);
-}
-
-void read_blocks(py::handle tensor, py::handle blocks, std::optional<int64_t> num_threads) {
-  const Tensor t("tensor", tensor), ids("blocks", blocks);
+void zero_blocks(PyObject* const* values) {
+  const int threads = threads_of(values[2]);
+  const BlockArgs blocks(values[0]);
+  const Tensor ids("blocks", values[1]);
   require_dtype(ids, {DType::i32});
   Sizes sizes;
-  sizes.match(t, {"num_blocks", "bytes"});
+  sizes.match(ids, {"count"});
+  for (const Tensor& cache : blocks.tensors) require_disjoint(cache, ids);
+  without_gil([&] { cpu::zero_blocks(blocks.regions, ids.as<const int32_t>(), ids.shape[0], threads); });
+}
+
+constexpr Signature kReadRange{"read_range", 1, 1, 2, {"tensor", "num_threads"}};
+
+void read_range(PyObject* const* values) {
+  const int threads = threads_of(values[1]);
+  const Tensor t("tensor", values[0]);
+  Sizes sizes;
+  sizes.match(t, {"elements"});
+  require_isa();
+  without_gil([&] { cpu::read_range(t.data, t.shape[0] * t.element_size, threads); });
+}
+
+constexpr Signature kReadBlocks{"read_blocks", 2, 2, 3, {"tensor", "blocks", "num_threads"}};
+
+void read_blocks(PyObject* const* values) {
+  const int threads = threads_of(values[2]);
+  const Tensor t("tensor", values[0]), ids("blocks", values[1]);
+  require_dtype(ids, {DType::i32});
+  Sizes sizes;
+  sizes.match(t, {"num_blocks", "elements"});
   sizes.match(ids, {"count"});
   for (int64_t i = 0; i < ids.shape[0]; ++i) {
     const int32_t id = ids.as<const int32_t>()[i];
@@ -283,31 +309,28 @@ void read_blocks(py::handle tensor, py::handle blocks, std::optional<int64_t> nu
       refuse("blocks", "ids in [0, " + std::to_string(t.shape[0]) + ")", std::to_string(id));
   }
   const cpu::BlockRegion region{t.data, t.shape[0], t.strides[0] * t.element_size, {}, {}, t.shape[1] * t.element_size};
-  const int threads = threads_of(num_threads);
-  const py::gil_scoped_release release;
-  cpu::read_blocks(region, ids.as<const int32_t>(), ids.shape[0], threads);
+  require_isa();
+  without_gil([&] { cpu::read_blocks(region, ids.as<const int32_t>(), ids.shape[0], threads); });
 }
 
-void raise(const ArgumentError& error) {
-  if (error.fault == Fault::type) {
-    PyErr_SetString(PyExc_TypeError, error.what());
-    return;
-  }
-  try {
-    const char* name = error.fault == Fault::unsupported ? "UnsupportedError"
-                       : error.fault == Fault::block     ? "BlockError"
-                                                         : "InvalidArgumentError";
-    const py::object type = py::module_::import("pagedcore.errors").attr(name);
-    const py::object instance =
-        error.fault == Fault::block
-            ? type(error.what(), py::arg("block") = error.block, py::arg("num_blocks") = error.num_blocks)
-            : type(error.what(), py::arg("argument") = error.argument, py::arg("expected") = error.expected,
-                   py::arg("got") = error.got);
-    PyErr_SetObject(type.ptr(), instance.ptr());
-  } catch (py::error_already_set& other) {
-    other.restore();
-  }
-}
+#define PAGEDCORE_METHOD(function, signature, text)                                                     \
+  {#function, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&entry<signature, function>)), \
+   METH_FASTCALL | METH_KEYWORDS, #function text "\n--\n\n"}
+
+// The text is the signature as inspect and stubtest see it.
+PyMethodDef methods[] = {
+    PAGEDCORE_METHOD(paged_attention, kPagedAttention,
+                     "(query, k_cache, v_cache, block_table, seq_lens, query_start_loc, out, lse=None, *, scale=None, "
+                     "causal=True, window=None, max_query_len=None, max_seq_len=None, block_table_rows=None, "
+                     "split_size=None, num_threads=None)"),
+    PAGEDCORE_METHOD(reshape_and_cache, kReshapeAndCache,
+                     "(key, value, k_cache, v_cache, slot_mapping, *, num_threads=None)"),
+    PAGEDCORE_METHOD(copy_blocks, kCopyBlocks, "(caches, pairs, *, num_threads=None)"),
+    PAGEDCORE_METHOD(zero_blocks, kZeroBlocks, "(caches, blocks, *, num_threads=None)"),
+    PAGEDCORE_METHOD(read_range, kReadRange, "(tensor, *, num_threads=None)"),
+    PAGEDCORE_METHOD(read_blocks, kReadBlocks, "(tensor, blocks, *, num_threads=None)"),
+    {nullptr, nullptr, 0, nullptr},
+};
 
 }  // namespace
 
@@ -315,23 +338,17 @@ PYBIND11_MODULE(_kernels, m) {
   py::register_exception_translator([](std::exception_ptr pointer) {
     try {
       if (pointer) std::rethrow_exception(pointer);
-    } catch (const ArgumentError& error) {
-      raise(error);
+    } catch (const ArgumentError&) {
+      set_python_error();
     }
   });
-  using py::arg;
-  m.def("paged_attention", &paged_attention, arg("query"), arg("k_cache"), arg("v_cache"), arg("block_table"),
-        arg("seq_lens"), arg("query_start_loc"), arg("out"), arg("lse"), arg("scale"), arg("causal"), arg("window"),
-        arg("max_query_len"), arg("max_seq_len"), arg("block_table_rows"), arg("split_size"), arg("num_threads"));
-  m.def("reshape_and_cache", &reshape_and_cache, arg("key"), arg("value"), arg("k_cache"), arg("v_cache"),
-        arg("slot_mapping"), arg("num_threads"));
-  m.def("copy_blocks", &copy_blocks, arg("caches"), arg("pairs"), arg("num_threads"));
-  m.def("zero_blocks", &zero_blocks, arg("caches"), arg("blocks"), arg("num_threads"));
-  m.def("read_range", &read_range, arg("tensor"), arg("num_threads"));
-  m.def("read_blocks", &read_blocks, arg("tensor"), arg("blocks"), arg("num_threads"));
-  m.def("cpu_isa", [] { return cpu::selected_isa().name; });
+  if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
+  m.def("cpu_isa", [] {
+    require_isa();
+    return cpu::selected_isa().name;
+  });
   m.def("cpu_isas", &cpu::runnable_isas);
-  m.def("select_cpu_isa", &cpu::select_isa, arg("name"));
+  m.def("select_cpu_isa", [](const char* name) { cpu::select_isa("name", name); }, py::arg("name"));
   m.def("thread_runtime", &cpu::thread_runtime);
   m.def("max_threads", &cpu::max_threads);
 }

@@ -1,7 +1,7 @@
 """What pagedcore reads from its surroundings: environment variables, and the facts `pagedcore info` prints.
 
-Every variable is declared here, once, and read nowhere else in Python. A value that is not understood is an error,
-never a silent default: a typo in an environment variable must not change what a benchmark measures.
+Every variable is declared here, once, and read nowhere else; the kernels ask here too. A value that is not understood
+is an error, never a silent default: a typo in an environment variable must not change what a benchmark measures.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from pagedcore.errors import InvalidArgumentError
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
-CPU_ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
+CPU_ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "avx512_bf16_emulated")  # the last one is for tests
 
 
 @dataclass(frozen=True)

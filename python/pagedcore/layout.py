@@ -18,7 +18,7 @@ from typing import Any
 
 from pagedcore.errors import InvalidArgumentError, UnsupportedError
 
-_ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
+ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}  # every dtype that KV data and models may have
 _ALIGNMENT = 64  # bytes: K and V of every layer begin on a cache line
 _MAX_BYTES = 2**62
 
@@ -34,12 +34,12 @@ def dtype_name(dtype: Any) -> str:
         else getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
     )
     name = name.removeprefix("torch.")
-    if name not in _ITEM_SIZES:
+    if name not in ITEM_SIZES:
         raise InvalidArgumentError(
-            f"dtype: expected one of {', '.join(_ITEM_SIZES)}, got {dtype!r}",
+            f"dtype: expected one of {', '.join(ITEM_SIZES)}, got {dtype!r}",
             argument="dtype",
             got=dtype,
-            expected=tuple(_ITEM_SIZES),
+            expected=tuple(ITEM_SIZES),
         )
     return name
 
@@ -148,7 +148,7 @@ class KVCacheLayout:
     @property
     def item_size(self) -> int:
         """Bytes of one element."""
-        return _ITEM_SIZES[self.dtype]
+        return ITEM_SIZES[self.dtype]
 
     @property
     def total_bytes(self) -> int:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pagedcore import attention, environment, linear
+from pagedcore import attention, environment, layout, linear
 from pagedcore.errors import InvalidArgumentError, UnsupportedError
 from pagedcore.tokenizer import Tokenizer
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {name: getattr(torch, name) for name in layout.ITEM_SIZES}
 
 #: Kinds of layer whose keys and values are paged as they are. Others (linear attention, chunks) keep other state.
 _PAGED_LAYERS = {"full_attention", "sliding_attention"}

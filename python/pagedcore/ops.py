@@ -4,7 +4,9 @@ Tensors are torch tensors or NumPy arrays on the CPU (anything with DLPack's C e
 Axis order is fixed, strides are not: the last axis must be contiguous, all others may have any stride, so a cache in
 another order is passed as a transposed view. Index tensors are int32, ``slot_mapping`` int64.
 
-Every call checks its arguments first; on an error nothing has been written.
+Every call checks its arguments first; on an error nothing has been written. The GIL is released while it works: until
+it returns, no other thread may write to what it reads (an index that changes after its check is followed unchecked) or
+read what it writes.
 """
 
 from __future__ import annotations
@@ -17,13 +19,13 @@ from pagedcore.errors import InvalidArgumentError, UnsupportedError
 from pagedcore.layout import KVCache
 
 
-def needs_dispatcher(tensor: Any) -> bool:
-    """Whether a call must go through ``torch.ops``. Importing `pagedcore.torch` puts its own function here."""
-    if type(tensor).__module__.partition(".")[0] != "torch":
+def needs_dispatcher(*tensors: Any) -> bool:
+    """Whether a call on these must go through ``torch.ops``. `pagedcore.torch` puts its own function in this place."""
+    if "torch" not in sys.modules:
         return False
     import pagedcore.torch
 
-    return pagedcore.torch.needs_dispatcher(tensor)
+    return pagedcore.torch.needs_dispatcher(*tensors)
 
 
 def _torch_ops() -> Any:
@@ -58,16 +60,14 @@ def reshape_and_cache(
 
     key ``[num_tokens, num_kv_heads, head_dim]``, value ``[num_tokens, num_kv_heads, v_head_dim]``, caches
     ``[num_blocks, num_kv_heads, block_size, dim]``, slot_mapping int64 ``[num_tokens]`` = block * block_size + offset;
-    a negative slot is padding and is skipped. A slot past the cache is an error, and nothing is written.
+    a negative slot is padding and is skipped. A slot past the cache is an error, and nothing is written. Of two tokens
+    with the same slot the later one is kept, however many threads run.
     """
-    if k_scale is not None:
-        raise _unsupported("k_scale", k_scale, "None (the cache is not quantised)")
-    if v_scale is not None:
-        raise _unsupported("v_scale", v_scale, "None (the cache is not quantised)")
-    if needs_dispatcher(key):
-        _torch_ops().reshape_and_cache(key, value, k_cache, v_cache, slot_mapping, num_threads=num_threads)
-    else:
-        _kernels.reshape_and_cache(key, value, k_cache, v_cache, slot_mapping, num_threads)
+    if not (k_scale is v_scale is None):
+        _refuse_given(k_scale=k_scale, v_scale=v_scale)
+    traced = needs_dispatcher(key, value, k_cache, v_cache, slot_mapping)
+    write = _torch_ops().reshape_and_cache if traced else _kernels.reshape_and_cache
+    write(key, value, k_cache, v_cache, slot_mapping, num_threads=num_threads)
 
 
 def paged_attention(
@@ -113,85 +113,69 @@ def paged_attention(
             alibi_slopes=alibi_slopes, sinks=sinks, k_scale=k_scale, v_scale=v_scale, plan=plan, workspace=workspace
         )
     if out is None:
-        out = _empty(query, v_cache, None)
+        out = _new_out(query, v_cache)
     if lse is None and return_lse:
-        lse = _empty(query, None, "float32")
-    if needs_dispatcher(query):
-        _torch_ops().paged_attention(
-            query,
-            k_cache,
-            v_cache,
-            block_table,
-            seq_lens,
-            query_start_loc,
-            out,
-            lse,
-            scale=scale,
-            causal=causal,
-            window=window,
-            max_query_len=max_query_len,
-            max_seq_len=max_seq_len,
-            block_table_rows=block_table_rows,
-            split_size=split_size,
-            num_threads=num_threads,
-        )
-    else:
-        _kernels.paged_attention(
-            query,
-            k_cache,
-            v_cache,
-            block_table,
-            seq_lens,
-            query_start_loc,
-            out,
-            lse,
-            scale,
-            causal,
-            window,
-            max_query_len,
-            max_seq_len,
-            block_table_rows,
-            split_size,
-            num_threads,
-        )
+        lse = _new_lse(query)
+    traced = needs_dispatcher(
+        query, k_cache, v_cache, block_table, seq_lens, query_start_loc, out, lse, block_table_rows
+    )
+    attend = _torch_ops().paged_attention if traced else _kernels.paged_attention
+    attend(
+        query,
+        k_cache,
+        v_cache,
+        block_table,
+        seq_lens,
+        query_start_loc,
+        out,
+        lse,
+        scale=scale,
+        causal=causal,
+        window=window,
+        max_query_len=max_query_len,
+        max_seq_len=max_seq_len,
+        block_table_rows=block_table_rows,
+        split_size=split_size,
+        num_threads=num_threads,
+    )
     return out if lse is None else (out, lse)
 
 
-def _empty(query: Any, v_cache: Any, dtype: str | None) -> Any:
-    """An output for `query`, in its library: [tokens, heads, v_head_dim], or [tokens, heads] float32."""
-    shape = getattr(query, "shape", None)
+def require_axes(name: str, tensor: Any, *axes: str) -> tuple[int, ...]:
+    """The shape of a tensor that must have these axes."""
+    shape = getattr(tensor, "shape", None)
     if shape is None:
-        raise TypeError(f"query: expected a tensor, got {type(query).__name__}")
-    if len(shape) != 3:
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if len(shape) != len(axes):
         raise InvalidArgumentError(
-            f"query: expected shape [num_tokens, num_heads, head_dim], got {list(shape)}",
-            argument="query",
+            f"{name}: expected shape [{', '.join(axes)}], got {list(shape)}",
+            argument=name,
             got=tuple(shape),
-            expected=3,
+            expected=len(axes),
         )
-    size = tuple(shape[:2])
-    if v_cache is not None:
-        cache_shape = getattr(v_cache, "shape", None)
-        if cache_shape is None:
-            raise TypeError(f"v_cache: expected a tensor, got {type(v_cache).__name__}")
-        if len(cache_shape) != 4:
-            raise InvalidArgumentError(
-                f"v_cache: expected shape [num_blocks, num_kv_heads, block_size, v_head_dim], got {list(cache_shape)}",
-                argument="v_cache",
-                got=tuple(cache_shape),
-                expected=4,
-            )
-        size = (*size, cache_shape[3])
-    new_empty = getattr(query, "new_empty", None)
-    if new_empty is not None:  # torch
-        if dtype is None:
-            return new_empty(size)
-        import torch
+    return tuple(shape)
 
-        return new_empty(size, dtype=torch.float32)
+
+def _new_out(query: Any, v_cache: Any) -> Any:
+    """[num_tokens, num_heads, v_head_dim] in the library and dtype of `query`."""
+    num_tokens, num_heads, _ = require_axes("query", query, "num_tokens", "num_heads", "head_dim")
+    v_head_dim = require_axes("v_cache", v_cache, "num_blocks", "num_kv_heads", "block_size", "v_head_dim")[3]
+    if hasattr(query, "new_empty"):  # torch
+        return query.new_empty((num_tokens, num_heads, v_head_dim))
     import numpy as np
 
-    return np.empty(size, dtype or query.dtype)
+    # A memoryview has no dtype, and NumPy none for it that it did not make itself.
+    return np.empty((num_tokens, num_heads, v_head_dim), getattr(query, "dtype", None) or np.asarray(query).dtype)
+
+
+def _new_lse(query: Any) -> Any:
+    """[num_tokens, num_heads] float32 in the library of `query`."""
+    num_tokens, num_heads, _ = require_axes("query", query, "num_tokens", "num_heads", "head_dim")
+    if hasattr(query, "new_empty"):  # torch
+        return query.new_empty((num_tokens, num_heads), dtype=sys.modules["torch"].float32)
+    import numpy as np
+
+    return np.empty((num_tokens, num_heads), np.float32)
 
 
 def _block_tensors(kv: Any) -> list[Any]:
@@ -208,16 +192,16 @@ def copy_blocks(kv: Any, pairs: Any, *, num_threads: int | None = None) -> None:
     kv is a `KVCache`, or a tensor whose first axis is the block, or a list of these. pairs int32 ``[num_pairs, 2]``.
     """
     caches = _block_tensors(kv)
-    if caches and needs_dispatcher(caches[0]):
-        _torch_ops().copy_blocks(caches, pairs, num_threads=num_threads)
-    else:
-        _kernels.copy_blocks(caches, pairs, num_threads)
+    copy = _torch_ops().copy_blocks if needs_dispatcher(*caches, pairs) else _kernels.copy_blocks
+    copy(caches, pairs, num_threads=num_threads)
 
 
 def zero_blocks(kv: Any, blocks: Any, *, num_threads: int | None = None) -> None:
     """Clears whole blocks, all layers. kv as in `copy_blocks`; blocks int32 ``[count]``."""
     caches = _block_tensors(kv)
-    if caches and needs_dispatcher(caches[0]):
-        _torch_ops().zero_blocks(caches, blocks, num_threads=num_threads)
-    else:
-        _kernels.zero_blocks(caches, blocks, num_threads)
+    zero = _torch_ops().zero_blocks if needs_dispatcher(*caches, blocks) else _kernels.zero_blocks
+    zero(caches, blocks, num_threads=num_threads)
+
+
+if "torch" in sys.modules:
+    import pagedcore.torch  # noqa: F401  # registers the operators; else the first call after torch was imported does

@@ -4,20 +4,23 @@ They write into the outputs they are given (``out``, ``lse``, the caches) and re
 what is absent and takes this way by itself while torch compiles, and for tensor subclasses. Outside of tracing
 `pagedcore.ops` calls the kernels directly, which is quicker.
 
-Importing this module registers the operators; `pagedcore.ops` imports it at the first torch tensor it sees. Import it
-yourself if the first call happens inside a compiled function.
+Importing this module registers the operators. `pagedcore.ops` does so when torch is there before it, else at its first
+call with torch in the process; import it yourself if that call is inside a compiled function.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from pagedcore import _kernels, ops
+from pagedcore.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable
 
 _LIBRARY = torch.library.Library("pagedcore", "DEF")
 
@@ -37,83 +40,95 @@ _SCHEMAS = {
 }
 
 
-def _reshape_and_cache(
-    key: Any, value: Any, k_cache: Any, v_cache: Any, slot_mapping: Any, *, num_threads: int | None = None
-) -> None:
-    _kernels.reshape_and_cache(key, value, k_cache, v_cache, slot_mapping, num_threads)
+# What can be checked of a call without its data: dtypes, and the names of axes, each of which has one size in a call.
+_AXES = {
+    "query": ("num_tokens", "num_heads", "head_dim"),
+    "key": ("num_tokens", "num_kv_heads", "head_dim"),
+    "value": ("num_tokens", "num_kv_heads", "v_head_dim"),
+    "k_cache": ("num_blocks", "num_kv_heads", "block_size", "head_dim"),
+    "v_cache": ("num_blocks", "num_kv_heads", "block_size", "v_head_dim"),
+    "slot_mapping": ("num_tokens",),
+    "seq_lens": ("num_seqs",),
+    "block_table": ("num_seqs", "max_blocks"),
+    "block_table_rows": ("num_seqs",),
+    "query_start_loc": ("num_seqs + 1",),
+    "out": ("num_tokens", "num_heads", "v_head_dim"),
+    "lse": ("num_tokens", "num_heads"),
+    "pairs": ("num_pairs", "2"),
+    "blocks": ("count",),
+}
+_INT32 = ("seq_lens", "block_table", "block_table_rows", "query_start_loc", "pairs", "blocks")
+_FIXED_DTYPES = {**dict.fromkeys(_INT32, torch.int32), "slot_mapping": torch.int64, "lse": torch.float32}
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def _paged_attention(
-    query: Any,
-    k_cache: Any,
-    v_cache: Any,
-    block_table: Any,
-    seq_lens: Any,
-    query_start_loc: Any,
-    out: Any,
-    lse: Any = None,
-    *,
-    scale: float | None = None,
-    causal: bool = True,
-    window: int | None = None,
-    max_query_len: int | None = None,
-    max_seq_len: int | None = None,
-    block_table_rows: Any = None,
-    split_size: int | None = None,
-    num_threads: int | None = None,
-) -> None:
-    _kernels.paged_attention(
-        query,
-        k_cache,
-        v_cache,
-        block_table,
-        seq_lens,
-        query_start_loc,
-        out,
-        lse,
-        scale,
-        causal,
-        window,
-        max_query_len,
-        max_seq_len,
-        block_table_rows,
-        split_size,
-        num_threads,
-    )
+def _require(holds: Any, name: str, expected: str, got: Any) -> None:
+    """`holds` is a bool, or a symbolic one, which becomes a guard or a check at run time."""
+    message = f"{name}: expected {expected}, got {got}"
+    if isinstance(holds, bool):
+        if not holds:
+            raise InvalidArgumentError(message, argument=name, expected=expected, got=got)
+    else:
+        torch._check_value(holds, lambda: message)  # noqa: SLF001  # public in spite of its name
 
 
-def _copy_blocks(caches: Sequence[Any], pairs: Any, *, num_threads: int | None = None) -> None:
-    _kernels.copy_blocks(caches, pairs, num_threads)
+def _check_call(tensors: dict[str, Any]) -> None:
+    """What the kernels would refuse about ranks, sizes and dtypes."""
+    kind: torch.dtype | None = None
+    sizes: dict[str, Any] = {"2": 2}
+    for name, tensor in tensors.items():
+        axes = _AXES[name]
+        if name == "block_table" and "block_table_rows" in tensors:
+            axes = ("table_rows", "max_blocks")
+        for axis, size in zip(axes, ops.require_axes(name, tensor, *axes), strict=True):
+            known = sizes.setdefault(axis, size)
+            _require(known == size, name, f"{axis} = {known}", size)
+        if name in _FIXED_DTYPES:
+            _require(tensor.dtype == _FIXED_DTYPES[name], name, f"dtype {_FIXED_DTYPES[name]}", tensor.dtype)
+        elif kind is None:
+            _require(tensor.dtype in _FLOATS, name, "dtype float32, float16 or bfloat16", tensor.dtype)
+            kind = tensor.dtype
+        else:
+            _require(tensor.dtype == kind, name, f"dtype {kind}", tensor.dtype)
+    if "query" in tensors:
+        starts = sizes["num_seqs + 1"]
+        _require(starts == sizes["num_seqs"] + 1, "query_start_loc", "one entry more than seq_lens has", starts)
+        heads, kv_heads = sizes["num_heads"], sizes["num_kv_heads"]
+        _require(heads % kv_heads == 0, "query", f"num_heads that is a multiple of num_kv_heads = {kv_heads}", heads)
 
 
-def _zero_blocks(caches: Sequence[Any], blocks: Any, *, num_threads: int | None = None) -> None:
-    _kernels.zero_blocks(caches, blocks, num_threads)
+def _fake(names: list[str]) -> Callable[..., None]:
+    """Nothing is returned and no shape changes, so all there is to do without data is to refuse what cannot work."""
 
+    def check(*args: Any, **options: Any) -> None:
+        given = {**dict(zip(names, args, strict=False)), **options}
+        for cache in given.get("caches", ()):
+            _require(cache.ndim >= 2, "kv", "[num_blocks, ...]", f"{cache.ndim} dimension(s)")
+        _check_call({name: tensor for name, tensor in given.items() if name in _AXES and tensor is not None})
 
-def _fake(*_args: Any, **_kwargs: Any) -> None:
-    """Nothing is returned and no shape changes, so there is nothing to say about a call without data."""
+    return check
 
 
 def _register() -> None:
-    implementations = {
-        "reshape_and_cache": _reshape_and_cache,
-        "paged_attention": _paged_attention,
-        "copy_blocks": _copy_blocks,
-        "zero_blocks": _zero_blocks,
-    }
     for name, schema in _SCHEMAS.items():
         _LIBRARY.define(f"{name}{schema} -> ()")
         # For every device: a tensor that the kernels cannot take is refused by them, in words, not by the dispatcher.
-        _LIBRARY.impl(name, implementations[name], "CompositeExplicitAutograd")
-        torch.library.register_fake(f"pagedcore::{name}", _fake, lib=_LIBRARY)
+        _LIBRARY.impl(name, getattr(_kernels, name), "CompositeExplicitAutograd")
+        names = list(inspect.signature(getattr(_kernels, name)).parameters)
+        torch.library.register_fake(f"pagedcore::{name}", _fake(names), lib=_LIBRARY)
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+# Types that the kernels take as they are, or that are no tensors of torch's.
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, np.ndarray, type(None)})
 
 
-def needs_dispatcher(tensor: Any) -> bool:
-    """Whether a call on `tensor` must go through torch's dispatcher: while compiling, and for tensor subclasses."""
-    return torch.compiler.is_compiling() or (isinstance(tensor, torch.Tensor) and type(tensor) not in _PLAIN)
+def needs_dispatcher(*tensors: Any) -> bool:
+    """Whether a call on these must go through torch's dispatcher: while compiling, and for tensor subclasses."""
+    if torch.compiler.is_compiling():
+        return True
+    if _PLAIN.issuperset(map(type, tensors)):
+        return False
+    return any(isinstance(tensor, torch.Tensor) and type(tensor) not in _PLAIN for tensor in tensors)
 
 
 _register()

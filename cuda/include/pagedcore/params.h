@@ -52,6 +52,8 @@ struct AttentionParams {
   int32_t head_dim;
   int32_t v_head_dim;
   int32_t block_size;
+  int64_t max_query_len;  // what the caller says of query_start_loc and seq_lens; checked, and not used on the CPU
+  int64_t max_seq_len;
   int64_t window;  // 0: none; W: position i sees j if i - W < j <= i
   float scale;     // multiplies the scores
   bool causal;

@@ -97,8 +97,8 @@ def _decode(session: Session, shape: Shape, dtype: torch.dtype) -> None:
     _require_close(out, sdpa(k_dense, v_dense).reshape(out.shape), dtype, case)
 
     calls: dict[str, Callable[[], object]] = {
-        "plain read": lambda: _kernels.read_range(kv.data.view(-1), None),
-        "paged read": lambda: _kernels.read_blocks(kv.data, table.view(-1), None),
+        "plain read": lambda: _kernels.read_range(kv.data.view(-1)),
+        "paged read": lambda: _kernels.read_blocks(kv.data, table.view(-1)),
         "pagedcore": lambda: ops.paged_attention(query, k_cache, v_cache, table, seq_lens, starts, out=out),
         "sdpa, contiguous": lambda: sdpa(k_dense, v_dense),
         "gather + sdpa": lambda: sdpa(gather(k_cache), gather(v_cache)),

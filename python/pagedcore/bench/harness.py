@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
@@ -13,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pagedcore
-from pagedcore import _kernels
+from pagedcore import environment
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -72,32 +70,22 @@ def _summary(times: list[float]) -> Timing:
     return Timing(quantile(0.5), quantile(0.1), quantile(0.9), len(times))
 
 
-def environment() -> dict[str, Any]:
+def describe() -> dict[str, Any]:
     """Versions and machine: what a figure means nothing without."""
+    machine = environment.describe()
     facts: dict[str, Any] = {
         "pagedcore": pagedcore.__version__,
         "commit": _commit(),
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu_name(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "cpu_isa": _kernels.cpu_isa(),
-        "thread_runtime": _kernels.thread_runtime(),
-        "threads": _kernels.max_threads(),
+        "python": machine["python"],
+        "platform": machine["platform"],
+        "cpu": machine["cpu"]["model"],
+        "cpus": machine["cpu"]["cores"],
+        **machine["kernels"],
+        **machine["environment"],
     }
     if "torch" in sys.modules:
-        facts["torch"] = sys.modules["torch"].__version__
+        facts["torch"] = machine["versions"]["torch"]
     return facts
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
 
 
 def _commit() -> str | None:
@@ -122,7 +110,7 @@ class Session:
 
     def print_environment(self) -> None:
         """The header of the table."""
-        self.note("  ".join(f"{name} {value}" for name, value in environment().items() if value is not None))
+        self.note("  ".join(f"{name} {value}" for name, value in describe().items() if value is not None))
 
     def note(self, text: str) -> None:
         """A line between results."""
@@ -144,7 +132,7 @@ class Session:
         """Schema 1: environment, command and results."""
         document = {
             "schema": 1,
-            "environment": environment(),
+            "environment": describe(),
             "command": self.command,
             "results": [asdict(result) for result in self.results],
         }

@@ -1,0 +1,74 @@
+// How Python calls the ops: argument lists, scalars, the GIL, and exceptions on the way back. Written over the C API
+// because a decode step makes two of these calls a layer, and pybind11's dispatch alone costs more than an op's checks.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <exception>
+#include <optional>
+
+#include "errors.h"
+
+namespace pagedcore {
+
+// An argument list: `names` in order; the first `positional` may be given by position, the rest by name only; the first
+// `required` must be given.
+struct Signature {
+  static constexpr int kMaxArguments = 16;
+
+  const char* function;
+  int positional;
+  int required;
+  int count;
+  const char* names[kMaxArguments];
+};
+
+// Sorts one vectorcall's arguments into `values`, null where one was not given. Throws a TypeError for a call that does
+// not fit, as Python words it.
+void sort_arguments(const Signature& signature, PyObject* const* arguments, Py_ssize_t num_positional,
+                    PyObject* keyword_names, PyObject** values);
+
+// Turns the exception being handled into Python's; call it in a catch block.
+void set_python_error();
+
+// A METH_FASTCALL | METH_KEYWORDS function that returns None.
+template <const Signature& kSignature, void (*kFunction)(PyObject* const* values)>
+PyObject* entry(PyObject*, PyObject* const* arguments, Py_ssize_t num_positional, PyObject* keyword_names) {
+  try {
+    PyObject* values[Signature::kMaxArguments] = {};
+    sort_arguments(kSignature, arguments, num_positional, keyword_names, values);
+    kFunction(values);
+    Py_RETURN_NONE;
+  } catch (...) {
+    set_python_error();
+    return nullptr;
+  }
+}
+
+// An int; what has __index__ counts as one. Absent and None are nullopt.
+std::optional<int64_t> optional_int(const char* name, PyObject* value);
+// A float; what has __float__ or __index__ counts as one. Absent and None are nullopt.
+std::optional<double> optional_float(const char* name, PyObject* value);
+// A bool, or what NumPy or torch has for one.
+bool bool_or(bool absent, const char* name, PyObject* value);
+
+// Takes the GIL back. Where the interpreter is shutting down, this thread stays here for good.
+void restore_gil(PyThreadState* state);
+
+// Runs `work` with the GIL released. Not a guard object: its destructor could be what the interpreter, as it ends,
+// unwinds a daemon thread from.
+template <class Work>
+void without_gil(const Work& work) {
+  PyThreadState* const state = PyEval_SaveThread();
+  std::exception_ptr error;
+  try {
+    work();
+  } catch (...) {
+    error = std::current_exception();
+  }
+  restore_gil(state);
+  if (error) std::rethrow_exception(error);
+}
+
+}  // namespace pagedcore
