@@ -168,7 +168,9 @@ pub enum Error {
         /// What is wrong with it.
         problem: StepProblem,
     },
-    /// The object was closed.
+    /// The steps of this pool are begun and completed by its scheduler alone.
+    ForeignStep,
+    /// The core was closed.
     Closed,
     /// An invariant does not hold: a bug in pagedcore, never the caller's.
     Corruption {
@@ -207,9 +209,10 @@ impl Error {
             },
             Self::OutOfBlocks { .. } => "free or preempt sequences, complete steps in flight, or make the pool larger",
             Self::Step { .. } => "a step is begun before its first read and completed once",
+            Self::ForeignStep => "a step begins in schedule() and is complete after update() or cancel()",
             Self::Closed => "create a new one",
             Self::Corruption { .. } => "this is a bug in pagedcore; please report it with the calls that led here",
-            Self::ForkedProcess => "create the core after the fork",
+            Self::ForkedProcess => "create it in the process that uses it, or start processes with the 'spawn' method",
         }
     }
 
@@ -303,7 +306,8 @@ impl fmt::Display for Error {
                     StepProblem::OutOfOrder => write!(f, " (step {expected} is due)"),
                 }
             }
-            Self::Closed => f.write_str("it was closed"),
+            Self::ForeignStep => f.write_str("the steps of this pool are numbered by its scheduler"),
+            Self::Closed => f.write_str("it was closed, or an object that shares its blocks was"),
             Self::Corruption {
                 invariant,
                 what,
@@ -316,7 +320,7 @@ impl fmt::Display for Error {
                     "invariant {invariant} broken: {what} at {at} is {found}, expected {expected}"
                 )
             }
-            Self::ForkedProcess => f.write_str("the core belongs to the parent of this forked process"),
+            Self::ForkedProcess => f.write_str("this core belongs to the parent of a forked process"),
         }
     }
 }
@@ -422,14 +426,18 @@ mod tests {
                 "step 3 is complete already (the oldest in flight is 2)",
             ),
             (step(StepProblem::OutOfOrder), "step 3 is out of order (step 2 is due)"),
-            (Error::Closed, "it was closed"),
+            (
+                Error::ForeignStep,
+                "the steps of this pool are numbered by its scheduler",
+            ),
+            (Error::Closed, "it was closed, or an object that shares its blocks was"),
             (
                 Error::corruption("A1", "the number of used blocks", 0, 4, 5),
                 "invariant A1 broken: the number of used blocks at 0 is 4, expected 5",
             ),
             (
                 Error::ForkedProcess,
-                "the core belongs to the parent of this forked process",
+                "this core belongs to the parent of a forked process",
             ),
         ] {
             assert_eq!(error.to_string(), message);

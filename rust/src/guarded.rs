@@ -52,6 +52,12 @@ impl<T> Guarded<T> {
         self.run(guard, f)
     }
 
+    /// Waits for the lock and takes the value out, damaged or not.
+    pub(crate) fn replace(&self, value: T) -> T {
+        let mut guard = self.value.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        std::mem::replace(&mut guard, value)
+    }
+
     fn run<R>(&self, mut guard: MutexGuard<'_, T>, f: impl FnOnce(&mut T) -> R) -> Result<R, Damaged> {
         if let Some(reason) = self.damage() {
             return Err(Damaged(reason.to_owned()));
@@ -96,6 +102,13 @@ mod tests {
         guarded.condemn("A3 is broken".to_owned());
         assert_eq!(guarded.call(|()| ()), Err(Damaged("A3 is broken".to_owned())));
         assert_eq!(guarded.damage(), Some("A3 is broken"));
+    }
+
+    #[test]
+    fn what_is_damaged_can_be_taken_out() {
+        let guarded = Guarded::new(5);
+        guarded.condemn("A3 is broken".to_owned());
+        assert_eq!((guarded.replace(6), guarded.replace(7)), (5, 6));
     }
 
     #[test]

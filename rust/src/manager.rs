@@ -197,7 +197,6 @@ impl KVCacheManager {
             namespace,
             era: self.cache.era(namespace),
             content,
-            unchanged: 0,
             preempted: false,
         }))
     }
@@ -243,9 +242,6 @@ impl KVCacheManager {
         self.pool
             .release(&sequence.table[keep..], Some(fence), &mut self.cache)?;
         self.scratch.extend(sequence.table.drain(keep..));
-        if !self.scratch.is_empty() {
-            sequence.change(keep);
-        }
         sequence.tokens.truncate(num_tokens);
         sequence.content.truncate(num_tokens);
         sequence.computed = sequence.computed.min(num_tokens);
@@ -281,7 +277,6 @@ impl KVCacheManager {
             table: parent.table[..shared].to_vec(),
             slots: parent.computed,
             content: parent.content.clone(),
-            unchanged: 0,
             ..*parent
         };
         let namespace = child.namespace;
@@ -313,7 +308,6 @@ impl KVCacheManager {
         sequence.committed = 0;
         sequence.node = None;
         sequence.preempted = true;
-        sequence.change(0);
         self.forget_dropped();
         Ok(())
     }
@@ -349,7 +343,6 @@ impl KVCacheManager {
         sequence.node = node.map(|node| self.cache.handle(node));
         sequence.era = self.cache.era(sequence.namespace);
         sequence.preempted = false;
-        sequence.change(0);
         Ok(sequence.computed)
     }
 

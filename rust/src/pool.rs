@@ -327,6 +327,15 @@ impl BlockPool {
         Ok(())
     }
 
+    /// At most how many blocks' fences pass when `step` completes. O(steps completed with it).
+    #[must_use]
+    pub fn fences_up_to(&self, step: Step) -> usize {
+        let passed = (self.watermark + 1..)
+            .zip(&self.flights)
+            .take_while(|(number, flight)| *number == step || flight.complete);
+        passed.map(|(_, flight)| flight.pending.len()).sum()
+    }
+
     /// The newest step begun, 0 before the first.
     #[must_use]
     pub fn newest_step(&self) -> Step {

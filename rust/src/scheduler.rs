@@ -193,6 +193,12 @@ impl Scheduler {
         self.buffer.memory()
     }
 
+    /// Ends the scheduler but for the plans' memory, which stays where it is.
+    #[cfg(feature = "python")]
+    pub(crate) fn into_plan_memory(self) -> PlanBuffer {
+        self.buffer
+    }
+
     /// True while a request is waiting or running.
     #[must_use]
     pub fn has_unfinished(&self) -> bool {

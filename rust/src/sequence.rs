@@ -27,17 +27,8 @@ pub(crate) struct Sequence {
     /// When the blocks were computed: they are not published after a reset.
     pub(crate) era: Era,
     pub(crate) content: ContentKeys,
-    /// Table entries below are as they were when the change was last asked for.
-    pub(crate) unchanged: usize,
     /// Without blocks until resumed.
     pub(crate) preempted: bool,
-}
-
-impl Sequence {
-    /// Entries from `index` on have changed.
-    pub(crate) fn change(&mut self, index: usize) {
-        self.unchanged = self.unchanged.min(index);
-    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -32,6 +32,11 @@ impl Zeroing {
         })
     }
 
+    /// Blocks that wait.
+    pub(crate) fn len(&self) -> usize {
+        self.waiting
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.waiting == 0
     }

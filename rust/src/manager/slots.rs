@@ -85,7 +85,6 @@ impl KVCacheManager {
             self.copied += 1;
         }
         sequence.slots = sequence.slots.max(plan.end);
-        sequence.change(first_changed);
         self.pool.release(&self.scratch, None, &mut self.cache)?;
         self.forget_dropped();
         Ok(first_changed)
@@ -154,7 +153,6 @@ impl KVCacheManager {
             let (node, changed) = committed.inspect_err(|_| self.scratch.clear())?;
             if changed < full - first {
                 first_changed = first + changed;
-                sequence.change(first_changed);
             }
             sequence.node = node.map(|node| self.cache.handle(node));
             sequence.committed = full;

@@ -44,6 +44,18 @@ impl KVCacheManager {
         self.copies.pairs()
     }
 
+    /// Copies that nobody has taken yet.
+    #[must_use]
+    pub fn num_block_copies(&self) -> usize {
+        self.copies.pairs().len()
+    }
+
+    /// Blocks to zero that nobody has taken yet, at most.
+    #[must_use]
+    pub fn num_blocks_to_zero(&self) -> usize {
+        self.zeroing.len()
+    }
+
     /// How many tokens [`resume`](Self::resume) would find cached. Leaves no trace. O(tokens found).
     ///
     /// # Errors
@@ -128,17 +140,6 @@ impl KVCacheManager {
     /// [`Error::StaleHandle`].
     pub fn table(&self, seq: SeqHandle) -> Result<&[BlockId]> {
         Ok(&self.sequences.get(seq)?.table)
-    }
-
-    /// The first table entry that may have changed since this was last called (or the sequence was made), and from
-    /// now on counts as known: what a table kept on a device has to be patched from. The length, if none has. O(1).
-    ///
-    /// # Errors
-    /// [`Error::StaleHandle`].
-    pub fn take_table_change(&mut self, seq: SeqHandle) -> Result<usize> {
-        let sequence = self.sequences.get_mut(seq)?;
-        let length = sequence.table.len();
-        Ok(std::mem::replace(&mut sequence.unchanged, length).min(length))
     }
 
     /// Writes a sequence's table to the front of `out` and returns its length. O(blocks).

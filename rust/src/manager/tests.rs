@@ -426,21 +426,6 @@ fn tables_and_slots_are_written_in_place() {
 }
 
 #[test]
-fn changes_of_a_table_are_told_once() {
-    let mut manager = manager(16);
-    let seq = add(&mut manager, &tokens(0..10));
-    manager.allocate_slots(seq, 10, 0).unwrap();
-    assert_eq!(manager.take_table_change(seq).unwrap(), 0);
-    assert_eq!(manager.take_table_change(seq).unwrap(), 3);
-    manager.allocate_slots(seq, 13, 0).unwrap();
-    assert_eq!(manager.take_table_change(seq).unwrap(), 3);
-    manager.truncate(seq, 3, None).unwrap();
-    manager.append(seq, &tokens(3..9)).unwrap();
-    manager.allocate_slots(seq, 9, 0).unwrap();
-    assert_eq!(manager.take_table_change(seq).unwrap(), 1);
-}
-
-#[test]
 fn bad_input_changes_nothing() {
     let config = ManagerConfig {
         vocab_size: Some(100),

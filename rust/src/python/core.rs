@@ -3,6 +3,7 @@
 use crate::error::{Error, Expected, Result};
 use crate::ids::SeqHandle;
 use crate::manager::KVCacheManager;
+use crate::plan::PlanBuffer;
 use crate::pool::{BlockPool, NoCache, Reclaim};
 use crate::prefix::PrefixCache;
 use crate::scheduler::{Scheduler, SchedulerConfig};
@@ -157,9 +158,23 @@ impl Core {
         }
     }
 
-    /// Whether steps are begun and completed by a scheduler alone.
-    pub fn numbers_steps(&self) -> bool {
-        matches!(self, Self::Scheduler(_))
+    /// The pool and its cache, to begin or complete a step.
+    ///
+    /// # Errors
+    /// `ForeignStep` under a scheduler, which numbers the steps itself.
+    pub fn pool_of_steps(&mut self) -> Result<(&mut BlockPool, &mut dyn Reclaim)> {
+        match self {
+            Self::Scheduler(_) => Err(Error::ForeignStep),
+            Self::Blocks(_) | Self::Manager(_) => Ok(self.pool_and_cache()),
+        }
+    }
+
+    /// Ends it all but for the memory that arrays may still show.
+    pub(crate) fn into_plan_memory(self) -> Option<PlanBuffer> {
+        match self {
+            Self::Blocks(_) | Self::Manager(_) => None,
+            Self::Scheduler(scheduler) => Some(scheduler.into_plan_memory()),
+        }
     }
 
     /// Checks every invariant of every level there is.

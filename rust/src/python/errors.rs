@@ -153,6 +153,7 @@ pub fn from_core(py: Python<'_>, error: &Error) -> PyErr {
             .with("num_blocks", num_blocks),
         Error::OutOfBlocks { needed, free } => raise(Class::OutOfBlocks).with("needed", needed).with("free", free),
         Error::Step { step, expected, .. } => raise(Class::Step).with("step", step).with("expected", expected),
+        Error::ForeignStep => raise(Class::Step),
         Error::Closed => raise(Class::Closed),
         Error::Corruption { .. } => raise(Class::Corruption),
         Error::ForkedProcess => raise(Class::ForkedProcess),

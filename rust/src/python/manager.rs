@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{PyDict, PyTuple};
 
 use super::arguments::{self, Arg, items, type_name};
 use super::core::Core;
@@ -14,8 +14,9 @@ use super::pool::{BlockPool, pool_stats};
 use super::prefix::{PrefixCache, cache_stats, ids, namespace_key, read_content_keys};
 use super::shared::{Handle, Shared};
 use super::{arrays, numpy};
+use crate::error::Result;
 use crate::ids::SeqHandle;
-use crate::manager::{self, ManagerConfig};
+use crate::manager::{self, KVCacheManager as Manager, ManagerConfig};
 
 /// Layers that share a block table.
 ///
@@ -87,33 +88,59 @@ impl KVCacheManager {
         }
     }
 
-    fn long<R: Send>(
+    /// A call of O(1).
+    fn short<R: Send>(&self, py: Python<'_>, f: impl FnOnce(&mut Manager) -> Result<R> + Send) -> PyResult<R> {
+        self.core.call(py, |core| f(core.manager()?))
+    }
+
+    /// A call whose arguments tell its size.
+    fn sized<R: Send>(
         &self,
         py: Python<'_>,
         size: usize,
-        f: impl FnOnce(&mut manager::KVCacheManager) -> crate::error::Result<R> + Send,
+        f: impl FnOnce(&mut Manager) -> Result<R> + Send,
     ) -> PyResult<R> {
         self.core.call_sized(py, size, |core| f(core.manager()?))
     }
 
-    /// A call that changes a sequence.
-    fn own<R: Send>(
+    /// A call whose size the manager knows; where it does not (a handle is stale), the call itself says so.
+    fn weighed<R: Send>(
+        &self,
+        py: Python<'_>,
+        size: impl FnOnce(&Manager) -> Result<usize>,
+        mut f: impl FnMut(&mut Manager) -> Result<R> + Send,
+    ) -> PyResult<R> {
+        let size = |core: &mut Core| core.manager().and_then(|m| size(m)).unwrap_or(0);
+        self.core.call_weighed(py, size, |core| f(core.manager()?))
+    }
+
+    /// [`sized`](Self::sized), and the sequence is changed.
+    fn change_sized<R: Send>(
         &self,
         py: Python<'_>,
         seq: SeqHandle,
         size: usize,
-        f: impl FnOnce(&mut manager::KVCacheManager) -> crate::error::Result<R> + Send,
+        f: impl FnOnce(&mut Manager) -> Result<R> + Send,
     ) -> PyResult<R> {
         self.core.call_sized(py, size, |core| f(core.manager_of(seq)?))
     }
 
-    fn short<R: Send>(
+    /// [`weighed`](Self::weighed), and the sequence is changed.
+    fn change_weighed<R: Send>(
         &self,
         py: Python<'_>,
-        f: impl FnOnce(&mut manager::KVCacheManager) -> crate::error::Result<R> + Send,
+        seq: SeqHandle,
+        size: impl FnOnce(&Manager) -> Result<usize>,
+        mut f: impl FnMut(&mut Manager) -> Result<R> + Send,
     ) -> PyResult<R> {
-        self.long(py, 0, f)
+        let size = |core: &mut Core| core.manager().and_then(|m| size(m)).unwrap_or(0);
+        self.core.call_weighed(py, size, |core| f(core.manager_of(seq)?))
     }
+}
+
+/// Entries of a sequence's table.
+fn blocks(seq: SeqHandle) -> impl FnOnce(&Manager) -> Result<usize> {
+    move |m| Ok(m.table(seq)?.len())
 }
 
 #[pymethods]
@@ -143,7 +170,8 @@ impl KVCacheManager {
         config.groups = groups.or(config.groups, read_groups)?;
         config.vocab_size = arguments::optional(vocab_size, |v| arguments::vocab_size(v))?;
         let caching = config.enable_prefix_caching;
-        let manager = manager::KVCacheManager::new(&config).map_err(|e| errors::from_core(py, &e))?;
+        let manager = py.detach(|| Manager::new(&config));
+        let manager = manager.map_err(|e| errors::from_core(py, &e))?;
         Ok(Self::view(
             &Shared::new(Core::Manager(Box::new(manager))),
             num_blocks,
@@ -199,7 +227,7 @@ impl KVCacheManager {
         let key = namespace_key(&tenant, &cache_salt, &extra_keys)?;
         let content = read_content_keys(&content_keys)?;
         let tokens = arrays::token_ids(token_ids, "token_ids", self.vocab_size)?;
-        let seq = self.long(token_ids.py(), tokens.len(), |m| m.add(&tokens, key, content))?;
+        let seq = self.sized(token_ids.py(), tokens.len(), |m| m.add(&tokens, key, content))?;
         Ok(seq.0)
     }
 
@@ -224,7 +252,8 @@ impl KVCacheManager {
     /// A sequence's tokens as int32[num_tokens]. O(tokens).
     fn token_ids<'py>(&self, seq: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
         let handle = sequence(seq)?;
-        let tokens = self.short(seq.py(), |m| {
+        let size = |m: &Manager| m.num_tokens(handle);
+        let tokens = self.weighed(seq.py(), size, |m| {
             let mut tokens = vec![0; m.num_tokens(handle)?];
             m.read_tokens(handle, 0, tokens.len(), &mut tokens)?;
             Ok(tokens)
@@ -239,7 +268,7 @@ impl KVCacheManager {
     fn append(&self, seq: &Bound<'_, PyAny>, token_ids: &Bound<'_, PyAny>) -> PyResult<()> {
         let handle = sequence(seq)?;
         let tokens = arrays::token_ids(token_ids, "token_ids", self.vocab_size)?;
-        self.own(seq.py(), handle, tokens.len(), |m| m.append(handle, &tokens))
+        self.change_sized(seq.py(), handle, tokens.len(), |m| m.append(handle, &tokens))
     }
 
     /// Makes the positions from `num_computed_tokens` on writable, and the sequence's own. Idempotent, all or nothing.
@@ -270,7 +299,7 @@ impl KVCacheManager {
         let new = arguments::size(num_new_tokens, "num_new_tokens")?;
         let lookahead = num_lookahead_tokens.or(0, |n| arguments::size(n, "num_lookahead_tokens"))?;
         let blocks = new.saturating_add(lookahead) / self.block_size;
-        self.own(seq.py(), handle, blocks, |m| m.allocate_slots(handle, new, lookahead))
+        self.change_sized(seq.py(), handle, blocks, |m| m.allocate_slots(handle, new, lookahead))
     }
 
     /// The positions below `num_computed_tokens` are computed, by a step that is complete: full blocks become findable.
@@ -285,7 +314,8 @@ impl KVCacheManager {
     fn commit(&self, seq: &Bound<'_, PyAny>, num_computed_tokens: &Bound<'_, PyAny>) -> PyResult<usize> {
         let handle = sequence(seq)?;
         let computed = arguments::size(num_computed_tokens, "num_computed_tokens")?;
-        self.own(seq.py(), handle, 0, |m| m.commit(handle, computed))
+        let size = |m: &Manager| Ok(computed.saturating_sub(m.num_computed_tokens(handle)?));
+        self.change_weighed(seq.py(), handle, size, |m| m.commit(handle, computed))
     }
 
     /// Keeps the first `num_tokens` tokens; blocks beyond them are released after `after_step`. O(blocks dropped).
@@ -302,7 +332,8 @@ impl KVCacheManager {
         let handle = sequence(seq)?;
         let num_tokens = arguments::size(num_tokens, "num_tokens")?;
         let after_step = arguments::optional(after_step, |s| arguments::step(s, "after_step"))?;
-        self.own(seq.py(), handle, 0, |m| m.truncate(handle, num_tokens, after_step))
+        let truncate = |m: &mut Manager| m.truncate(handle, num_tokens, after_step);
+        self.change_weighed(seq.py(), handle, blocks(handle), truncate)
     }
 
     /// Makes `n` copies that share the blocks that hold computed tokens, until one of them writes. O(n * blocks).
@@ -313,8 +344,8 @@ impl KVCacheManager {
     fn fork(&self, seq: &Bound<'_, PyAny>, n: Arg<'_>) -> PyResult<Vec<u64>> {
         let handle = sequence(seq)?;
         let n = n.or(1, |n| arguments::size(n, "n"))?;
-        // A sequence of 32k tokens has 2,048 blocks: one copy of it is still short.
-        let forks = self.own(seq.py(), handle, n.saturating_mul(64), |m| m.fork(handle, n))?;
+        let size = |m: &Manager| Ok(n.saturating_mul(m.table(handle)?.len() + 1));
+        let forks = self.change_weighed(seq.py(), handle, size, |m| m.fork(handle, n))?;
         Ok(forks.into_iter().map(|fork| fork.0).collect())
     }
 
@@ -323,7 +354,7 @@ impl KVCacheManager {
     fn preempt(&self, seq: &Bound<'_, PyAny>, after_step: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
         let handle = sequence(seq)?;
         let after_step = arguments::optional(after_step, |s| arguments::step(s, "after_step"))?;
-        self.own(seq.py(), handle, 0, |m| m.preempt(handle, after_step))
+        self.change_weighed(seq.py(), handle, blocks(handle), |m| m.preempt(handle, after_step))
     }
 
     /// Ends a preemption: takes the longest cached prefix again, at most all but the last token. O(tokens found).
@@ -332,8 +363,8 @@ impl KVCacheManager {
     ///     how many tokens that is.
     fn resume(&self, seq: &Bound<'_, PyAny>) -> PyResult<usize> {
         let handle = sequence(seq)?;
-        self.core
-            .call_detached(seq.py(), |core| core.manager_of(handle)?.resume(handle))
+        let size = |m: &Manager| m.num_tokens(handle);
+        self.change_weighed(seq.py(), handle, size, |m| m.resume(handle))
     }
 
     /// Ends a sequence: its blocks are released after `after_step` (None: the newest step begun). O(blocks).
@@ -341,7 +372,7 @@ impl KVCacheManager {
     fn free(&self, seq: &Bound<'_, PyAny>, after_step: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
         let handle = sequence(seq)?;
         let after_step = arguments::optional(after_step, |s| arguments::step(s, "after_step"))?;
-        self.own(seq.py(), handle, 0, |m| m.free(handle, after_step))
+        self.change_weighed(seq.py(), handle, blocks(handle), |m| m.free(handle, after_step))
     }
 
     /// A sequence's blocks in order, as int32. O(blocks).
@@ -362,7 +393,7 @@ impl KVCacheManager {
         let handle = sequence(seq)?;
         let group = group.or(0, |g| arguments::size(g, "group"))?;
         let out = arguments::optional(out, |out| Out::new(out, 4))?;
-        let table = self.short(seq.py(), |m| {
+        let table = self.weighed(seq.py(), blocks(handle), |m| {
             let mut table = vec![0; m.table(handle)?.len()];
             m.block_table(handle, group, &mut table)?;
             Ok(table)
@@ -398,7 +429,7 @@ impl KVCacheManager {
         let group = group.or(0, |g| arguments::size(g, "group"))?;
         let out = arguments::optional(out, |out| Out::new(out, 8))?;
         let block_size = self.block_size;
-        let slots = self.long(seq.py(), stop.saturating_sub(start), |m| {
+        let slots = self.sized(seq.py(), stop.saturating_sub(start), |m| {
             // Not before it is known to fit: `stop` is whatever the caller says.
             let mut slots = vec![0; stop.min(m.table(handle)?.len() * block_size).saturating_sub(start)];
             m.slot_mapping(handle, start, stop, group, &mut slots)?;
@@ -416,24 +447,24 @@ impl KVCacheManager {
     #[pyo3(signature = (group = Arg(None)), text_signature = "($self, group=0)")]
     fn take_block_copies<'py>(&self, py: Python<'py>, group: Arg<'py>) -> PyResult<Bound<'py, PyAny>> {
         let group = group.or(0, |g| arguments::size(g, "group"))?;
-        let pairs = self
-            .core
-            .call(py, |core| core.manager_of_steps()?.take_block_copies(group))?;
+        let size = |core: &mut Core| core.manager().map_or(0, |m| m.num_block_copies());
+        let take = |core: &mut Core| core.manager_of_steps()?.take_block_copies(group);
+        let pairs = self.core.call_weighed(py, size, take)?;
         let rows: Vec<_> = pairs.into_iter().map(|(src, dst)| [src.0, dst.0]).collect();
         numpy::new_i32_rows(py, &rows)
     }
 
     /// Takes the blocks that came from another tenant, as int32: zero them before the copies and writes of a step. O(n).
     fn take_blocks_to_zero<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        let blocks = self
-            .core
-            .call(py, |core| Ok(core.manager_of_steps()?.take_blocks_to_zero()))?;
+        let size = |core: &mut Core| core.manager().map_or(0, |m| m.num_blocks_to_zero());
+        let take = |core: &mut Core| Ok(core.manager_of_steps()?.take_blocks_to_zero());
+        let blocks = self.core.call_weighed(py, size, take)?;
         numpy::new_i32(py, ids(blocks))
     }
 
     /// Counts at this moment and totals; `pool` and `cache` (or None) are dicts of their own. O(sequences).
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let stats = self.short(py, |m| Ok(m.stats()))?;
+        let stats = self.weighed(py, |m| Ok(m.num_sequences()), |m| Ok(m.stats()))?;
         let dict = PyDict::new(py);
         dict.set_item("num_sequences", stats.num_sequences)?;
         dict.set_item("num_preempted", stats.num_preempted)?;
@@ -457,9 +488,32 @@ impl KVCacheManager {
         self.core.call_detached(py, Core::check)
     }
 
+    /// Ends this manager and whatever shares its blocks: its pool and cache, and the scheduler over it. Idempotent. O(its memory).
+    ///
+    /// Calls that run are done first; later ones raise `ClosedError`. Sizes can still be read.
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        self.core.close(py)
+    }
+
+    /// Whether it was closed.
+    #[getter]
+    fn closed(&self) -> bool {
+        self.core.is_closed()
+    }
+
+    fn __enter__(slf: PyRef<'_, Self>) -> PyResult<PyRef<'_, Self>> {
+        slf.core.open(slf.py())?;
+        Ok(slf)
+    }
+
+    #[pyo3(signature = (*_error))]
+    fn __exit__(&self, py: Python<'_>, _error: &Bound<'_, PyTuple>) -> PyResult<()> {
+        self.core.close(py)
+    }
+
     fn __repr__(&self, py: Python<'_>) -> String {
         let sizes = format!("num_blocks={}, block_size={}", self.num_blocks, self.block_size);
-        match self.short(py, |m| Ok((m.stats().num_sequences, m.pool().num_used()))) {
+        match self.short(py, |m| Ok((m.num_sequences(), m.pool().num_used()))) {
             Ok((sequences, used)) => format!("KVCacheManager({sizes}, num_sequences={sequences}, num_used={used})"),
             Err(_) => format!("KVCacheManager({sizes}, unusable)"),
         }

@@ -16,6 +16,7 @@ use pyo3::types::{PyDict, PyTuple};
 use super::errors::{self, Class};
 use super::shared::Handle;
 use super::{arrays, numpy};
+use crate::error::Error;
 use crate::ids::Step;
 use crate::plan::{self, ARRAYS, Array, ArrayInfo};
 use crate::scheduler::PlannedStep;
@@ -147,6 +148,7 @@ impl StepPlan {
     fn memory(&self, py: Python<'_>) -> PyResult<&Py<PyAny>> {
         match &self.source {
             Source::Copy(memory) => Ok(memory),
+            Source::Ring { core, .. } if core.is_closed() => Err(errors::from_core(py, &Error::Closed)),
             Source::Ring { ring, .. } if ring.step.load(Ordering::Acquire) == self.summary.step => Ok(&ring.memory),
             Source::Ring { .. } => Err(self.over(py)),
         }

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{PyDict, PyTuple};
 
 use super::arguments::{self, Arg};
 use super::core::{Blocks, Core};
-use super::errors::{self, Class};
+use super::errors;
 use super::prefix::ids;
 use super::shared::{Handle, Shared};
 use super::{arrays, numpy};
@@ -63,7 +63,8 @@ impl BlockPool {
         let py = num_blocks.py();
         let num_blocks = arguments::size(num_blocks, "num_blocks")?;
         let block_size = block_size.or(16, |b| arguments::size(b, "block_size"))?;
-        let pool = pool::BlockPool::new(num_blocks, block_size).map_err(|e| errors::from_core(py, &e))?;
+        let pool = py.detach(|| pool::BlockPool::new(num_blocks, block_size));
+        let pool = pool.map_err(|e| errors::from_core(py, &e))?;
         Ok(Self {
             core: Shared::new(Core::Blocks(Box::new(Blocks::new(pool)))),
             num_blocks,
@@ -164,8 +165,7 @@ impl BlockPool {
     /// Raises:
     ///     StepError: the pool belongs to a scheduler, which numbers the steps itself.
     fn begin_step(&self, py: Python<'_>) -> PyResult<Step> {
-        self.own_steps(py)?;
-        self.core.call(py, |core| Ok(core.pool().begin_step()))
+        self.core.call(py, |core| Ok(core.pool_of_steps()?.0.begin_step()))
     }
 
     /// Completes a step in flight, in any order: blocks that only it and completed steps could read are reusable.
@@ -175,9 +175,9 @@ impl BlockPool {
     fn complete_step(&self, step: &Bound<'_, PyAny>) -> PyResult<()> {
         let py = step.py();
         let step = arguments::step(step, "step")?;
-        self.own_steps(py)?;
-        self.core.call_detached(py, |core| {
-            let (pool, cache) = core.pool_and_cache();
+        let fences = |core: &mut Core| core.pool().fences_up_to(step);
+        self.core.call_weighed(py, fences, |core| {
+            let (pool, cache) = core.pool_of_steps()?;
             pool.complete_step(step, cache)
         })
     }
@@ -205,6 +205,29 @@ impl BlockPool {
         self.core.call_detached(py, Core::check)
     }
 
+    /// Ends this pool and whatever shares its blocks: the cache, manager and scheduler over it. Idempotent. O(its memory).
+    ///
+    /// Calls that run are done first; later ones raise `ClosedError`. Sizes can still be read.
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        self.core.close(py)
+    }
+
+    /// Whether it was closed.
+    #[getter]
+    fn closed(&self) -> bool {
+        self.core.is_closed()
+    }
+
+    fn __enter__(slf: PyRef<'_, Self>) -> PyResult<PyRef<'_, Self>> {
+        slf.core.open(slf.py())?;
+        Ok(slf)
+    }
+
+    #[pyo3(signature = (*_error))]
+    fn __exit__(&self, py: Python<'_>, _error: &Bound<'_, PyTuple>) -> PyResult<()> {
+        self.core.close(py)
+    }
+
     fn __repr__(&self, py: Python<'_>) -> String {
         let sizes = format!("num_blocks={}, block_size={}", self.num_blocks, self.block_size);
         match self.read_stats(py) {
@@ -214,19 +237,6 @@ impl BlockPool {
             ),
             Err(_) => format!("BlockPool({sizes}, unusable)"),
         }
-    }
-}
-
-impl BlockPool {
-    fn own_steps(&self, py: Python<'_>) -> PyResult<()> {
-        if self.core.call(py, |core| Ok(core.numbers_steps()))? {
-            return Err(
-                errors::new(py, Class::Step, "the steps of this pool are numbered by its scheduler")
-                    .hint("a step begins in schedule() and is complete after update() or cancel()")
-                    .into(),
-            );
-        }
-        Ok(())
     }
 }
 

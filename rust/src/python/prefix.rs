@@ -322,6 +322,29 @@ impl PrefixCache {
         self.core.call_detached(py, Core::check)
     }
 
+    /// Ends this cache and whatever shares its blocks: the pool, and the manager and scheduler over it. Idempotent. O(its memory).
+    ///
+    /// Calls that run are done first; later ones raise `ClosedError`. Sizes can still be read.
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        self.core.close(py)
+    }
+
+    /// Whether it was closed.
+    #[getter]
+    fn closed(&self) -> bool {
+        self.core.is_closed()
+    }
+
+    fn __enter__(slf: PyRef<'_, Self>) -> PyResult<PyRef<'_, Self>> {
+        slf.core.open(slf.py())?;
+        Ok(slf)
+    }
+
+    #[pyo3(signature = (*_error))]
+    fn __exit__(&self, py: Python<'_>, _error: &Bound<'_, PyTuple>) -> PyResult<()> {
+        self.core.close(py)
+    }
+
     fn __repr__(&self, py: Python<'_>) -> String {
         match self.core.call(py, |core| Ok(core.cache()?.0.stats())) {
             Ok(s) => format!(

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{PyDict, PyTuple};
 
 use super::arguments::{self, Arg, type_name};
 use super::config::SchedulerConfig;
@@ -324,6 +324,29 @@ impl Scheduler {
     ///     CorruptionError: one is broken; every later call raises it too.
     fn check(&self, py: Python<'_>) -> PyResult<()> {
         self.core.call_detached(py, Core::check)
+    }
+
+    /// Ends this scheduler and whatever shares its blocks: its manager, pool and cache, and the plan in flight. Idempotent. O(its memory).
+    ///
+    /// Calls that run are done first; later ones raise `ClosedError`. Sizes can still be read.
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        self.core.close(py)
+    }
+
+    /// Whether it was closed.
+    #[getter]
+    fn closed(&self) -> bool {
+        self.core.is_closed()
+    }
+
+    fn __enter__(slf: PyRef<'_, Self>) -> PyResult<PyRef<'_, Self>> {
+        slf.core.open(slf.py())?;
+        Ok(slf)
+    }
+
+    #[pyo3(signature = (*_error))]
+    fn __exit__(&self, py: Python<'_>, _error: &Bound<'_, PyTuple>) -> PyResult<()> {
+        self.core.close(py)
     }
 
     fn __repr__(&self, py: Python<'_>) -> String {

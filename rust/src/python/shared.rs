@@ -6,7 +6,8 @@
 //! The lock is never held while waiting for the interpreter:
 //! - A short call (O(1), or O(blocks) of one sequence) keeps the interpreter attached if the lock is free at once, and
 //!   detaches while it waits otherwise.
-//! - A long call (O(prompt), O(pool)) detaches first, then locks, and unlocks before it attaches again.
+//! - A long call (O(prompt), O(pool)) detaches first, then locks, and unlocks before it attaches again. Where only the core
+//!   knows how much there is to do, a short look under the lock says which of the two it is.
 //! - No Python code runs under the lock: closures get plain values and return plain values; arguments are read
 //!   before, results are built after. So a finaliser, a signal handler or `__index__` that calls back finds it free.
 //!
@@ -14,9 +15,13 @@
 //! A panic under the lock may have left the core between two states: it is caught, the core is marked broken, and
 //! this and every later call raises `CorruptionError`. A child of `fork()` holds a copy of the core, perhaps in the
 //! middle of another thread's call: its calls raise `ForkedProcessError` before they touch the lock.
+//!
+//! # Closing
+//! `close()` of any object takes the core from all that share it: their later calls raise `ClosedError`. Memory that NumPy
+//! arrays may still show, which is that of a scheduler's plans, is kept until they are gone.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use pyo3::prelude::*;
 
@@ -24,6 +29,7 @@ use super::core::Core;
 use super::errors::{self, Class};
 use crate::error::{Error, Result};
 use crate::guarded::{Damaged, Guarded};
+use crate::plan::PlanBuffer;
 
 /// Elements from which on a call is long (some 10 µs). Detaching for less would be slower, and with other Python threads
 /// running much slower: attaching again waits for them to give way.
@@ -34,7 +40,10 @@ static GENERATION: AtomicU64 = AtomicU64::new(0);
 
 /// A core that several Python objects share.
 pub struct Shared {
-    core: Guarded<Core>,
+    /// None: closed.
+    core: Guarded<Option<Core>>,
+    /// What is left of a core that was closed: memory that arrays may still show.
+    left: OnceLock<Option<PlanBuffer>>,
     generation: u64,
 }
 
@@ -44,7 +53,8 @@ pub type Handle = Arc<Shared>;
 impl Shared {
     pub fn new(core: Core) -> Handle {
         Arc::new(Self {
-            core: Guarded::new(core),
+            core: Guarded::new(Some(core)),
+            left: OnceLock::new(),
             generation: GENERATION.load(Ordering::Relaxed),
         })
     }
@@ -52,7 +62,7 @@ impl Shared {
     /// Runs a short call.
     pub fn call<R: Send>(&self, py: Python<'_>, f: impl FnOnce(&mut Core) -> Result<R> + Send) -> PyResult<R> {
         self.usable(py)?;
-        let outcome = match self.core.try_call(f) {
+        let outcome = match self.core.try_call(opened(f)) {
             Ok(outcome) => outcome,
             Err(f) => py.detach(|| self.core.call(f)),
         };
@@ -62,7 +72,7 @@ impl Shared {
     /// Runs a long call, other Python threads beside it.
     pub fn call_detached<R: Send>(&self, py: Python<'_>, f: impl FnOnce(&mut Core) -> Result<R> + Send) -> PyResult<R> {
         self.usable(py)?;
-        let outcome = py.detach(|| self.core.call(f));
+        let outcome = py.detach(|| self.core.call(opened(f)));
         self.told(py, outcome)
     }
 
@@ -80,15 +90,56 @@ impl Shared {
         }
     }
 
+    /// Runs a call that touches `size(core)` blocks, sequences or tokens, which is asked under the lock: long or short
+    /// accordingly. `size` takes O(1).
+    pub fn call_weighed<R: Send>(
+        &self,
+        py: Python<'_>,
+        size: impl FnOnce(&mut Core) -> usize,
+        mut f: impl FnMut(&mut Core) -> Result<R> + Send,
+    ) -> PyResult<R> {
+        self.usable(py)?;
+        let short = self.core.try_call(|core| {
+            let size = core.as_mut().map_or(0, size);
+            (size < LONG).then(|| opened(&mut f)(core))
+        });
+        let outcome = match short {
+            Ok(Ok(Some(result))) => Ok(result),
+            Ok(Err(damaged)) => Err(damaged),
+            Ok(Ok(None)) | Err(_) => py.detach(|| self.core.call(opened(f))),
+        };
+        self.told(py, outcome)
+    }
+
+    /// Ends the core, once the calls that run are done, and gives its memory back. Idempotent. O(its size).
+    pub fn close(&self, py: Python<'_>) -> PyResult<()> {
+        self.usable(py)?;
+        py.detach(|| {
+            // Taken out first: nobody waits for the lock while the memory is given back.
+            if let Some(core) = self.core.replace(None) {
+                self.left.get_or_init(|| core.into_plan_memory());
+            }
+        });
+        Ok(())
+    }
+
+    /// Whether the core was closed.
+    pub fn is_closed(&self) -> bool {
+        self.left.get().is_some()
+    }
+
+    /// Refuses what does not reach the core, and yet makes no sense without it.
+    pub fn open(&self, py: Python<'_>) -> PyResult<()> {
+        self.usable(py)?;
+        if self.is_closed() {
+            return Err(errors::from_core(py, &Error::Closed));
+        }
+        Ok(())
+    }
+
     fn usable(&self, py: Python<'_>) -> PyResult<()> {
         if self.generation != GENERATION.load(Ordering::Relaxed) {
-            return Err(errors::new(
-                py,
-                Class::ForkedProcess,
-                "this core belongs to the parent of a forked process",
-            )
-            .hint("create it in the process that uses it, or start processes with the 'spawn' method")
-            .into());
+            return Err(errors::from_core(py, &Error::ForkedProcess));
         }
         Ok(())
     }
@@ -111,6 +162,11 @@ impl Shared {
             }
         }
     }
+}
+
+/// A call of a core that may have been closed.
+fn opened<R>(f: impl FnOnce(&mut Core) -> Result<R>) -> impl FnOnce(&mut Option<Core>) -> Result<R> {
+    |core| core.as_mut().ok_or(Error::Closed).and_then(f)
 }
 
 /// Called by Python in each forked child (`os.register_at_fork`).
