@@ -283,7 +283,7 @@ class TestFaults:
 
     def test_a_detokenizer_that_raises(self, engine, expected):
         class Broken:
-            def push(self, token):
+            def after(self, state, token, *, last=False):
                 raise RuntimeError("no such token")
 
         engine.add_request("a", PROMPT, PARAMS)

@@ -13,7 +13,13 @@ from greedy import Reference
 from models import VOCAB_SIZE, save_tiny_model
 from pagedcore import LLM, SamplingParams, cli
 from pagedcore import models as pagedcore_models
-from pagedcore.errors import ClosedError, InvalidArgumentError, TokenOutOfRangeError, UnsupportedError
+from pagedcore.errors import (
+    ClosedError,
+    InvalidArgumentError,
+    TokenOutOfRangeError,
+    UnknownRequestError,
+    UnsupportedError,
+)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +80,11 @@ class TestTokenIds:
         assert cut.token_ids == full.token_ids[: first + 1]
         assert (cut.finish_reason, full.finish_reason) == ("stop", "length")
 
+    def test_stop_strings_need_text(self, llm):
+        with pytest.raises(UnsupportedError, match="no text to stop at") as caught:
+            llm.generate([5, 6, 7], SamplingParams(stop="x"))
+        assert caught.value.argument == "stop"
+
     def test_seeds(self, llm):
         hot = {"temperature": 1.0, "max_tokens": 20, "ignore_eos": True, "n": 3}
         outputs = llm.generate([[5, 6, 7]] * 4, [SamplingParams(**hot, seed=seed) for seed in (1, 1, 2, None)])
@@ -103,10 +114,10 @@ class TestTokenIds:
         step = llm.engine.step
         calls = iter(range(3))
 
-        def interrupted():
+        def interrupted(only=None):
             if next(calls) == 2:
                 raise KeyboardInterrupt
-            return step()
+            return step(only)
 
         monkeypatch.setattr(llm.engine, "step", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -120,6 +131,32 @@ class TestTokenIds:
         llm.engine.add_request("mine", [9, 9, 9], SamplingParams(max_tokens=50, ignore_eos=True))
         assert len(llm.generate([5, 6], SamplingParams(max_tokens=3))) == 1
         assert llm.engine.num_unfinished == 1
+
+    def test_other_requests_get_all_their_news(self, llm):
+        """Also those that end while `generate` steps the engine: it tells nobody what is not theirs."""
+        (alone,) = llm.generate([9, 9, 9], SamplingParams(max_tokens=5, ignore_eos=True))
+        llm.engine.add_request("mine", [9, 9, 9], SamplingParams(max_tokens=5, ignore_eos=True))
+        llm.generate([5, 6], SamplingParams(max_tokens=20, ignore_eos=True))
+        assert llm.engine.num_unfinished == 0
+        assert llm.engine.has_unfinished
+        (output,) = llm.engine.step()
+        assert output.request_id == "mine"
+        assert output.finished
+        assert output.outputs[0].new_token_ids == alone.outputs[0].token_ids
+        assert not llm.engine.has_unfinished
+
+    def test_a_prompt_that_somebody_aborts(self, llm, monkeypatch):
+        step = llm.engine.step
+
+        def aborting(only=None):
+            if "llm-1" in llm.engine._requests:
+                llm.engine.abort("llm-1")
+            return step(only)
+
+        monkeypatch.setattr(llm.engine, "step", aborting)
+        with pytest.raises(UnknownRequestError, match="1 of 2 prompts got no answer, 'llm-1' first"):
+            llm.generate([[5, 6], [7, 8]], SamplingParams(max_tokens=3))
+        assert not llm.engine.has_unfinished
 
     def test_close(self, tiny):
         llm = LLM(tiny, num_blocks=10)
@@ -194,6 +231,28 @@ class TestSmolLM2:
                 llm.generate("")
             with pytest.raises(InvalidArgumentError, match="prompt"):
                 llm.generate("\ud800")
+
+    def test_stop_strings(self, smollm2_loaded):
+        """The text ends before the first one, whatever tokens it is made of, and what might be one waits."""
+        params = {"max_tokens": 14, "ignore_eos": True}
+        with LLM(smollm2_loaded, num_blocks=100) as llm:
+            prompt = "One, two, three, four,"
+            full = llm.generate(prompt, SamplingParams(**params))[0].outputs[0]
+            for stop in (full.text[9:12], full.text[-6:], full.text[0]):
+                (output,) = llm.generate(prompt, SamplingParams(**params, stop=[stop, "never"]))
+                completion = output.outputs[0]
+                assert completion.text == full.text[: full.text.index(stop)]
+                assert completion.finish_reason == "stop"
+                assert completion.token_ids == full.token_ids[: completion.num_tokens]
+                assert stop in llm.engine.tokenizer.decode(completion.token_ids)
+            llm.engine.add_request("a", prompt, SamplingParams(**params, stop=full.text[4:20]))
+            streamed = ""
+            while llm.engine.has_unfinished:
+                streamed += "".join(output.outputs[0].new_text for output in llm.engine.step())
+            assert streamed == full.text[:4], "nothing of the stop string was ever given out"
+            (never,) = llm.generate(prompt, SamplingParams(**params, stop=full.text[-5:] + "?"))
+            assert never.outputs[0].text == full.text, "what waited is given out at the end"
+            assert llm.engine.stats().blocks_used == 0
 
     def test_streamed_text_is_the_text(self, smollm2_loaded):
         with LLM(smollm2_loaded, num_blocks=100) as llm:

@@ -39,9 +39,15 @@ def sentencepiece_like():
 
 
 def stream(tokenizer, ids, prompt=()):
-    detokenizer = tokenizer.detokenizer(prompt)
-    pieces = [detokenizer.push(token) for token in ids]
-    return [*pieces, detokenizer.flush()]
+    return stream_with(tokenizer.detokenizer(), ids, prompt)
+
+
+def stream_with(detokenizer, ids, prompt=()):
+    state, pieces = detokenizer.begin(prompt), []
+    for token in ids:
+        piece, state = detokenizer.after(state, token)
+        pieces.append(piece)
+    return [*pieces, detokenizer.after(state, None, last=True)[0]]
 
 
 def test_split_characters_wait_until_they_are_whole():
@@ -96,12 +102,10 @@ def test_a_long_answer_costs_the_same_at_its_end():
         longest = max(longest, len(ids))
         return "".join(chr(97 + token) for token in ids)
 
-    detokenizer = Detokenizer(decode, prompt_token_ids=range(20))
     ids = [i % 26 for i in range(5000)]
-    assert "".join([detokenizer.push(token) for token in ids] + [detokenizer.flush()]) == decode(ids)
-    longest = 0
-    detokenizer.push(1)
+    pieces = stream_with(Detokenizer(decode), ids, prompt=range(20))
     assert longest < 40
+    assert "".join(pieces) == decode(ids)
 
 
 def test_special_tokens_of_the_prompt_are_no_text():

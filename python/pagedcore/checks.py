@@ -2,12 +2,79 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pagedcore.errors import InvalidArgumentError
+from pagedcore.errors import InvalidArgumentError, TokenOutOfRangeError, UnsupportedError
 from pagedcore.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from pagedcore.models import LoadedModel
+
+
+def check_options(
+    *,
+    block_size: Any,
+    max_num_seqs: Any,
+    max_num_batched_tokens: Any,
+    num_blocks: Any,
+    kv_cache_memory: Any,
+    max_model_len: Any,
+) -> None:
+    """What `Engine` is made with, as far as it can be told without the model."""
+    check_count("block_size", block_size, 1)
+    check_count("max_num_seqs", max_num_seqs, 1)
+    check_count("max_num_batched_tokens", max_num_batched_tokens, 1)
+    if num_blocks is not None:
+        check_count("num_blocks", num_blocks, 2)
+        if kv_cache_memory is not None:
+            raise InvalidArgumentError(
+                "num_blocks and kv_cache_memory are both given", hint="give one of them", argument="num_blocks"
+            )
+    if max_model_len is not None:
+        check_count("max_model_len", max_model_len, 2)
+    check_memory(kv_cache_memory)
+
+
+def prompt_tokens(prompt: Any, model: LoadedModel) -> np.ndarray:
+    """A prompt as a read-only int32 array of its own: text is tokenised, ids are checked. At least one, every one in
+    the vocabulary. O(length).
+    """
+    if isinstance(prompt, str):
+        if model.tokenizer is None:
+            raise UnsupportedError(f"{model.name} has no tokenizer", hint="give token ids", argument="prompt")
+        try:
+            ids = np.asarray(model.tokenizer.encode(prompt), dtype=np.int64)
+        except (TypeError, UnicodeError) as error:  # lone surrogates
+            raise InvalidArgumentError(
+                f"the prompt is not text that can be encoded: {error}", argument="prompt"
+            ) from error
+    else:
+        ids = token_array(prompt)
+    if ids.size == 0:
+        raise InvalidArgumentError(
+            "the prompt is empty: 0 tokens", hint="at least one token is needed", argument="prompt", got=0
+        )
+    check_tokens(ids, model.vocab_size, "prompt")
+    tokens = ids.astype(np.int32)
+    tokens.setflags(write=False)
+    return tokens
+
+
+def check_tokens(ids: np.ndarray, vocab_size: int, argument: str) -> None:
+    """Every id in [0, vocab_size); else TokenOutOfRangeError names the first that is not."""
+    outside = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+    if outside.size:
+        position = int(outside[0])
+        token = int(ids[position])
+        raise TokenOutOfRangeError(
+            f"{argument}: token {token} at position {position} is outside the vocabulary [0, {vocab_size})",
+            argument=argument,
+            token=token,
+            position=position,
+            vocab_size=vocab_size,
+        )
 
 
 def token_array(prompt: Any) -> np.ndarray:

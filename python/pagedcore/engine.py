@@ -18,25 +18,28 @@ import numpy as np
 from pagedcore import models
 from pagedcore._core import Scheduler, SchedulerConfig
 from pagedcore.capacity import check_blocks, fit_blocks
-from pagedcore.checks import check_count, check_memory, check_params, check_request_id, token_array
+from pagedcore.checks import check_options, check_params, check_request_id, check_tokens, prompt_tokens
 from pagedcore.errors import (
     ClosedError,
     CorruptionError,
     DuplicateRequestError,
     InvalidArgumentError,
     RequestTooLargeError,
-    TokenOutOfRangeError,
+    StepError,
     UnknownRequestError,
     UnsupportedError,
 )
+from pagedcore.flight import Flight, at_once
 from pagedcore.layout import KVCacheLayout
 from pagedcore.outputs import EngineStats, RequestMetrics, RequestOutput
-from pagedcore.request import Request, Sequence
+from pagedcore.request import News, Request, Sequence, changes_of_end, changes_of_step
 from pagedcore.runner import ModelRunner
 from pagedcore.sampling import Sampler, SamplingParams, sequence_key
+from pagedcore.tokenizer import CONTEXT, NO_TEXT
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Collection, Container
 
     import torch
 
@@ -85,21 +88,14 @@ class Engine:
         device: str = "auto",
     ) -> None:
         self._closed = True  # until everything below has worked
-        for name, value in (
-            ("block_size", block_size),
-            ("max_num_seqs", max_num_seqs),
-            ("max_num_batched_tokens", max_num_batched_tokens),
-        ):
-            check_count(name, value, 1)
-        if num_blocks is not None:
-            check_count("num_blocks", num_blocks, 2)
-            if kv_cache_memory is not None:
-                raise InvalidArgumentError(
-                    "num_blocks and kv_cache_memory are both given", hint="give one of them", argument="num_blocks"
-                )
-        if max_model_len is not None:
-            check_count("max_model_len", max_model_len, 2)
-        check_memory(kv_cache_memory)
+        check_options(
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            num_blocks=num_blocks,
+            kv_cache_memory=kv_cache_memory,
+            max_model_len=max_model_len,
+        )
         self.model = model if isinstance(model, models.LoadedModel) else models.load(model, dtype=dtype, device=device)
         longest = self.model.max_model_len
         if max_model_len is not None:
@@ -112,10 +108,10 @@ class Engine:
                 )
             longest = max_model_len
         if num_blocks is None:
-            self.layout = fit_blocks(self._layout(2, block_size), kv_cache_memory, longest * max_num_seqs)
+            self.layout = fit_blocks(_layout(self.model, 2, block_size), kv_cache_memory, longest * max_num_seqs)
             num_blocks = self.layout.num_blocks
         else:
-            self.layout = check_blocks(self._layout(num_blocks, block_size))
+            self.layout = check_blocks(_layout(self.model, num_blocks, block_size))
         self.max_model_len = min(longest, (num_blocks - 1) * block_size)
         self._scheduler = Scheduler(
             SchedulerConfig(
@@ -130,8 +126,11 @@ class Engine:
         )
         self._runner = ModelRunner(self.model, self.layout.allocate(device="cpu"))
         self._sampler = Sampler(max_num_seqs)
+        self._detokenizer = None if self.model.tokenizer is None else self.model.tokenizer.detokenizer()
         self._requests: dict[str, Request] = {}
         self._rows: dict[int, Sequence] = {}  # who has which of the scheduler's rows, in [0, max_num_seqs)
+        self._news: dict[str, News] = {}  # what no caller has been told yet
+        self._flight: Flight | None = None  # a step, or an end of requests, that is not over
         self._pool = self._scheduler.manager.pool
         self._last_step_blocks = self._token_steps = self._slot_steps = 0
         self._closed = False
@@ -170,13 +169,20 @@ class Engine:
         if request_id in self._requests:
             raise DuplicateRequestError(f"request {request_id!r} is still running", request_id=request_id)
         params = SamplingParams() if params is None else check_params(params)
-        self._check_tokens(np.asarray(params.stop_token_ids, dtype=np.int64), "stop_token_ids")
-        token_ids = self._prompt_token_ids(prompt)
-        if len(token_ids) >= self.max_model_len:
+        check_tokens(np.asarray(params.stop_token_ids, dtype=np.int64), self.model.vocab_size, "stop_token_ids")
+        if params.stop and self._detokenizer is None:
+            raise UnsupportedError(
+                f"{self.model.name} has no tokenizer, so no text to stop at",
+                hint="use stop_token_ids",
+                argument="stop",
+                got=params.stop,
+            )
+        tokens = prompt_tokens(prompt, self.model)
+        if len(tokens) >= self.max_model_len:
             raise RequestTooLargeError(
-                f"the prompt has {len(token_ids)} tokens; with max_model_len {self.max_model_len} it can have at most "
+                f"the prompt has {len(tokens)} tokens; with max_model_len {self.max_model_len} it can have at most "
                 f"{self.max_model_len - 1}",
-                needed=len(token_ids) + 1,
+                needed=len(tokens) + 1,
                 limit=self.max_model_len,
             )
         stop = set(params.stop_token_ids)
@@ -185,17 +191,17 @@ class Engine:
         request = Request(
             request_id=request_id,
             prompt=prompt if isinstance(prompt, str) else None,
-            prompt_token_ids=token_ids.tolist(),
+            prompt_tokens=tokens,
             params=params,
             stop_token_ids=frozenset(stop),
             metrics=RequestMetrics(time.monotonic()),
         )
         seed = secrets.randbits(64) if params.seed is None else params.seed
-        for index in range(params.n):
-            sequence = Sequence(request, index, sequence_key(seed, index))
-            if self.model.tokenizer is not None:
-                sequence.detokenizer = self.model.tokenizer.detokenizer(request.prompt_token_ids)
-            request.sequences.append(sequence)
+        state = NO_TEXT if self._detokenizer is None else self._detokenizer.begin(tokens[-CONTEXT:])
+        request.sequences += (
+            Sequence(request, index, sequence_key(seed, index), detokenizer=self._detokenizer, state=state)
+            for index in range(params.n)
+        )
         return request
 
     def add_prepared(self, request: Request, *, priority: int = 0, tenant: str = "", cache_salt: str = "") -> None:
@@ -203,7 +209,7 @@ class Engine:
         self._check_open()
         self._scheduler.add_request(
             request.request_id,
-            np.asarray(request.prompt_token_ids, dtype=np.int32),
+            request.prompt_tokens,
             max_tokens=request.params.max_tokens,
             stop_token_ids=sorted(request.stop_token_ids),
             n=request.params.n,
@@ -221,21 +227,27 @@ class Engine:
         Raises UnknownRequestError if no such request is waiting or running.
         """
         self._check_open()
-        if request_id not in self._requests:
+        self._settle()
+        request = self._requests.get(request_id)
+        if request is None:
             raise UnknownRequestError(f"no request {request_id!r} is waiting or running", request_id=request_id)
-        request = self._requests[request_id]
-        self._scheduler.abort(request_id)
-        return self._end(request, "abort").output()
+        self._flight = Flight(ended={request_id: "abort"}, changes=changes_of_end(request, "abort"))
+        self._settle()
+        return self._tell([request_id])[0]
 
     def discard(self, request_id: str) -> None:
-        """Aborts a request if it is still there; for clean-up, where `abort` would raise."""
-        if not self._closed and request_id in self._requests:
-            self.abort(request_id)
+        """Aborts a request if it is still there, and forgets what was not told of it; for clean-up, where `abort`
+        would raise.
+        """
+        if not self._closed:
+            with contextlib.suppress(UnknownRequestError):
+                self.abort(request_id)
+            self._news.pop(request_id, None)
 
     @property
     def has_unfinished(self) -> bool:
-        """True while a request waits or runs: call `step`."""
-        return bool(self._requests)
+        """True while a request waits or runs, or has ended and nobody was told: call `step`."""
+        return bool(self._requests or self._news)
 
     @property
     def num_unfinished(self) -> int:
@@ -244,40 +256,53 @@ class Engine:
 
     # ---------------------------------------------------------------------------------------------------- steps
 
-    def step(self) -> list[RequestOutput]:
+    def step(self, only: Container[str] | None = None) -> list[RequestOutput]:
         """Computes one step. Returns the requests that got a token, or ended, in it; empty while prompts are being
         computed.
 
+        With ``only`` the others' news is kept, and returned by the next call that wants it. A call that has such news
+        to return computes nothing.
+
         A request whose logits are not numbers ends with reason ``error``, and so do those of a step that raised; the
-        others go on. An interrupt (KeyboardInterrupt) undoes the step and is raised; the engine can step again.
+        others go on. An interrupt (KeyboardInterrupt) is raised, and loses nothing: the next call finishes the step,
+        or begins it again.
         """
         self._check_open()
-        if not self._requests:
-            return []
-        plan = self._scheduler.schedule()
+        self._settle()
+        if self._requests and not any(only is None or request_id in only for request_id in self._news):
+            self._compute()
+        return self._tell({request_id: None for request_id in self._news if only is None or request_id in only})
+
+    def _compute(self) -> None:
+        """Plans, runs, samples and updates one step. However it is left, `_settle` brings it to an end."""
+        self._flight = flight = Flight()
+        at_once(flight.plans, self._scheduler.schedule)
+        plan = flight.plan
         if plan is None:
             raise CorruptionError(f"{len(self._requests)} requests are unfinished and none can run: {self._reasons()}")
-        step = plan.step
         try:
             self._assign_rows(plan)
-            self._measure(plan)
-            rows = np.array(plan.sample_seqs)  # a copy: the plan's arrays end with the update
+            self._measure(plan, flight)
+            rows, positions = np.array(plan.sample_seqs), plan.positions[plan.logits_indices] + 1
             logits = self._runner.execute(plan)
-            tokens, failed = self._sampler.sample(logits, rows)
+            tokens, failed = self._sampler.sample(logits, rows, positions)
+            flight.samples = [
+                (self._rows[row], token, bad)
+                for row, token, bad in zip(rows.tolist(), tokens.tolist(), failed.tolist(), strict=True)
+            ]
+            flight.time = time.monotonic()
+            at_once(flight.results, self._scheduler.update, flight.step, tokens, None, failed)
         except Exception as error:
-            logger.exception("step %d failed; its requests end with it", step)
-            return self._fail_step(plan, error)
-        except BaseException:
-            self._scheduler.cancel(step)
-            raise
-        result = self._scheduler.update(step, tokens, failed=failed)
-        self._sampler.advance(rows)
-        return self._collect(rows, tokens, failed, result.finished)
+            if flight.results:
+                raise
+            logger.exception("step %d failed; its requests end with it", flight.step)
+            # There is no telling which of them is at fault.
+            flight.errors = dict.fromkeys(plan.request_ids, f"the step failed: {error!r}")
+        finally:
+            self._settle()
 
     def _assign_rows(self, plan: StepPlan) -> None:
         """Sequences that begin, or begin again after a preemption, take their row."""
-        for request_id in plan.preempted:
-            self._requests[request_id].metrics.num_preemptions += 1
         now = time.monotonic()
         for row, request_id, index in plan.started:
             request = self._requests[request_id]
@@ -285,103 +310,73 @@ class Engine:
             if request.metrics.first_scheduled_time is None:
                 request.metrics.first_scheduled_time = now
             self._rows[row] = sequence
-            self._sampler.assign(row, request.params, sequence.key, len(sequence.answer.token_ids))
+            self._sampler.assign(row, request.params, sequence.key, len(request.prompt_tokens))
 
-    def _measure(self, plan: StepPlan) -> None:
-        """Adds up how full the used blocks are: all but the end of each sequence's last block."""
+    def _measure(self, plan: StepPlan, flight: Flight) -> None:
+        """Notes how full the used blocks are (all but the end of each sequence's last block), and who was preempted."""
         block_size = self.layout.block_size
         self._last_step_blocks = self._pool.num_used
         slots = self._last_step_blocks * block_size
-        self._slot_steps += slots
-        self._token_steps += slots - int((-plan.seq_lens % block_size).sum())
+        held = slots - int((-plan.seq_lens % block_size).sum())
+        flight.totals = (self._token_steps + held, self._slot_steps + slots)
+        for request_id in plan.preempted:
+            flight.preemptions[request_id] = self._requests[request_id].metrics.num_preemptions + 1
 
-    def _collect(
-        self, rows: np.ndarray, tokens: np.ndarray, failed: np.ndarray, finished: list[tuple[str, int, str]]
-    ) -> list[RequestOutput]:
-        """Adds the tokens to their answers and makes the outputs."""
-        now = time.monotonic()
-        changed: dict[str, list[Sequence]] = {}
-        requests: dict[str, Request] = {}
-        broken: dict[str, str] = {}
-        reasons = {(request_id, index): reason for request_id, index, reason in finished}
-        for row, token, bad in zip(rows.tolist(), tokens.tolist(), failed.tolist(), strict=True):
-            sequence = self._rows[row]
-            request, answer = sequence.request, sequence.answer
-            answer.finish_reason = reasons.pop((request.request_id, sequence.index), None)
-            if bad:
-                request.error = "the model's logits are not finite numbers"
-            else:
-                answer.token_ids.append(token)
-                if request.metrics.first_token_time is None:
-                    request.metrics.first_token_time = now
-            try:
-                self._add_text(sequence, None if bad else token)
-            except Exception as error:  # a decoder of somebody else's; the other requests go on
-                logger.exception("detokenising request %r failed", request.request_id)
-                broken[request.request_id] = f"detokenising failed: {error!r}"
-            requests[request.request_id] = request
-            changed.setdefault(request.request_id, []).append(sequence)
-        for (request_id, index), reason in reasons.items():  # ended without a sample in this step
-            requests[request_id] = request = self._requests[request_id]
-            request.sequences[index].answer.finish_reason = reason
-            self._flush(request.sequences[index])
-            changed.setdefault(request_id, []).append(request.sequences[index])
-        outputs = []
-        for request_id, sequences in changed.items():
-            request = requests[request_id]
-            if request_id in broken:
-                if not request.finished:
-                    self._scheduler.finish(request_id, "error")
-                request.error = broken[request_id]
-                outputs.append(self._end(request, "error").output())
-                continue
-            if request.finished:
-                request.metrics.finished_time = now
-                self._requests.pop(request_id, None)
-            outputs.append(request.output(sequences))
-        return outputs
+    def _settle(self) -> None:
+        """Brings the step in flight, if there is one, to its end: a step whose samples the scheduler has is
+        finished, any other is undone, and requests that are to end with it are ended.
 
-    def _add_text(self, sequence: Sequence, token: int | None) -> None:
-        """Adds a token's text to its answer; at the end of the answer also what the detokeniser held back."""
-        answer = sequence.answer
-        stopped = answer.finish_reason == "stop" and token in sequence.request.stop_token_ids
-        if sequence.detokenizer is not None and token is not None and not stopped:
-            text = sequence.detokenizer.push(token)
-            if text:
-                answer.pieces.append(text)
-        if answer.finish_reason is not None:
-            self._flush(sequence)
-
-    def _flush(self, sequence: Sequence) -> None:
-        """Gives out what the detokeniser held back of an answer that has ended."""
-        text = "" if sequence.detokenizer is None else sequence.detokenizer.flush()
-        if text:
-            sequence.answer.pieces.append(text)
-
-    def _fail_step(self, plan: StepPlan, error: Exception) -> list[RequestOutput]:
-        """Undoes a step whose forward pass raised and ends its requests: there is no telling which of them is at
-        fault.
+        It may be interrupted itself, anywhere, and called again: each part of it can be repeated.
         """
-        request_ids = list(dict.fromkeys(plan.request_ids))
-        self._scheduler.cancel(plan.step)
-        outputs = []
-        for request_id in request_ids:
-            request = self._requests[request_id]
-            request.error = f"the step failed: {error!r}"
-            self._scheduler.finish(request_id, "error")
-            outputs.append(self._end(request, "error").output())
-        return outputs
+        flight = self._flight
+        if flight is None:
+            return
+        if flight.changes is None:
+            self._decide(flight)
+        for change in flight.changes or ():
+            request = change.sequence.request
+            self._news.setdefault(request.request_id, News(request)).note(change)
+            change.apply()
+            if change.tokens and request.metrics.first_token_time is None:
+                request.metrics.first_token_time = flight.time
+            if change.unasked:
+                with contextlib.suppress(UnknownRequestError):
+                    self._scheduler.finish(request.request_id, "stop", change.sequence.index)
+        for request_id, reason in flight.ended.items():
+            with contextlib.suppress(UnknownRequestError):
+                self._scheduler.finish(request_id, reason)
+        for request in dict.fromkeys(change.sequence.request for change in flight.changes or ()):
+            request.error = flight.errors.get(request.request_id, request.error)
+            if request.finished:
+                request.metrics.finished_time = flight.time
+                self._requests.pop(request.request_id, None)
+        self._flight = None
 
-    def _end(self, request: Request, reason: str) -> Request:
-        """Forgets a request that the scheduler no longer has."""
-        for sequence in request.sequences:
-            if sequence.answer.finish_reason is None:
-                sequence.answer.finish_reason = reason
-                with contextlib.suppress(Exception):  # a decoder that fails has been told of already
-                    self._flush(sequence)
-        request.metrics.finished_time = time.monotonic()
-        self._requests.pop(request.request_id, None)
-        return request
+    def _decide(self, flight: Flight) -> None:
+        """What the step comes to. Afterwards nothing of it depends on the scheduler any more."""
+        if flight.results:
+            reasons = {(request_id, index): reason for request_id, index, reason in flight.results[0].finished}
+            changes, errors = changes_of_step(flight.samples, reasons, self._requests)
+            for request_id, count in flight.preemptions.items():
+                self._requests[request_id].metrics.num_preemptions = count
+            self._token_steps, self._slot_steps = flight.totals
+        else:
+            if flight.plan is not None:
+                with contextlib.suppress(StepError):  # cancelled already
+                    self._scheduler.cancel(flight.step)
+            errors = flight.errors
+            changes = [
+                change for request_id in errors for change in changes_of_end(self._requests[request_id], "error")
+            ]
+        flight.errors, flight.ended = errors, dict.fromkeys(errors, "error")
+        flight.changes = changes
+
+    def _tell(self, request_ids: Collection[str]) -> list[RequestOutput]:
+        """The outputs of requests that have news, which then is none any more."""
+        outputs = [self._news[request_id].output() for request_id in request_ids]
+        rest = {request_id: news for request_id, news in self._news.items() if request_id not in request_ids}
+        self._news = rest  # no call from here on: an interrupt comes before this, or finds the caller with the outputs
+        return outputs
 
     def _reasons(self) -> dict[str, Any]:
         return {request_id: self._scheduler.explain(request_id) for request_id in list(self._requests)[:8]}
@@ -440,6 +435,8 @@ class Engine:
         self._closed = True
         self._requests.clear()
         self._rows.clear()
+        self._news.clear()
+        self._flight = None
         del self._runner, self._pool, self._scheduler, self.model
 
     def __enter__(self) -> Self:
@@ -453,49 +450,8 @@ class Engine:
         if self._closed:
             raise ClosedError("this engine is closed")
 
-    # ---------------------------------------------------------------------------------------------------- checks
 
-    def _prompt_token_ids(self, prompt: Prompt) -> np.ndarray:
-        """The prompt as int64 ids, every one in the vocabulary, at least one."""
-        if isinstance(prompt, str):
-            if self.model.tokenizer is None:
-                raise UnsupportedError(f"{self.model.name} has no tokenizer", hint="give token ids", argument="prompt")
-            try:
-                ids = np.asarray(self.model.tokenizer.encode(prompt), dtype=np.int64)
-            except (TypeError, UnicodeError) as error:  # lone surrogates
-                raise InvalidArgumentError(
-                    f"the prompt is not text that can be encoded: {error}", argument="prompt"
-                ) from error
-        else:
-            ids = token_array(prompt)
-        if ids.size == 0:
-            raise InvalidArgumentError(
-                "the prompt is empty: 0 tokens", hint="at least one token is needed", argument="prompt", got=0
-            )
-        self._check_tokens(ids, "prompt")
-        return ids
-
-    def _check_tokens(self, ids: np.ndarray, argument: str) -> None:
-        outside = np.flatnonzero((ids < 0) | (ids >= self.model.vocab_size))
-        if outside.size:
-            position = int(outside[0])
-            token = int(ids[position])
-            raise TokenOutOfRangeError(
-                f"{argument}: token {token} at position {position} is outside the vocabulary "
-                f"[0, {self.model.vocab_size})",
-                argument=argument,
-                token=token,
-                position=position,
-                vocab_size=self.model.vocab_size,
-            )
-
-    def _layout(self, num_blocks: int, block_size: int) -> KVCacheLayout:
-        shape = self.model.layers[0]
-        return KVCacheLayout(
-            num_blocks,
-            block_size,
-            len(self.model.layers),
-            shape.num_kv_heads,
-            shape.head_dim,
-            str(self.model.dtype).removeprefix("torch."),
-        )
+def _layout(model: models.LoadedModel, num_blocks: int, block_size: int) -> KVCacheLayout:
+    shape = model.layers[0]
+    dtype = str(model.dtype).removeprefix("torch.")
+    return KVCacheLayout(num_blocks, block_size, len(model.layers), shape.num_kv_heads, shape.head_dim, dtype)

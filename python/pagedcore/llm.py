@@ -9,7 +9,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any, Self
 
 from pagedcore.engine import Engine
-from pagedcore.errors import InvalidArgumentError, UnsupportedError
+from pagedcore.errors import InvalidArgumentError, UnknownRequestError, UnsupportedError
 from pagedcore.models import LoadedModel
 from pagedcore.outputs import RequestOutput
 from pagedcore.sampling import SamplingParams
@@ -49,7 +49,8 @@ class LLM:
             progress: Show a progress bar on stderr, where that is a terminal.
 
         All prompts are checked before the first one runs; the errors are those of `Engine.add_request`. If the call is
-        interrupted, what it added is aborted.
+        interrupted, what it added is aborted. Requests that were added through `engine` run along, and their news waits
+        for `Engine.step`.
         """
         return self._run(_prompt_list(prompts), params, progress)
 
@@ -90,26 +91,33 @@ class LLM:
             self.engine.prepare(f"llm-{next(self._ids)}", prompt, each)
             for prompt, each in zip(prompts, every, strict=True)
         ]
-        order = {request.request_id: place for place, request in enumerate(requests)}
-        results: list[RequestOutput | None] = [None] * len(requests)
+        results: dict[str, RequestOutput] = {}
+        unanswered = {request.request_id for request in requests}
         bar = _ProgressBar(len(requests), progress)
         try:
             for request in requests:
                 self.engine.add_prepared(request)
-            while any(result is None for result in results) and self.engine.has_unfinished:
+            while unanswered and self.engine.has_unfinished:
                 new_tokens = 0
-                for output in self.engine.step():
+                for output in self.engine.step(only=unanswered):
                     new_tokens += sum(len(completion.new_token_ids) for completion in output.outputs)
-                    if output.finished and output.request_id in order:
-                        place = order[output.request_id]
-                        results[place] = requests[place].output()
+                    if output.finished:
+                        results[output.request_id] = output
+                        unanswered.discard(output.request_id)
                         bar.finished()
                 bar.tokens(new_tokens)
         finally:
             bar.close()
             for request in requests:
                 self.engine.discard(request.request_id)
-        return [result for result in results if result is not None]
+        if unanswered:  # aborted through the engine by somebody else
+            request_id = min(unanswered)
+            raise UnknownRequestError(
+                f"{len(unanswered)} of {len(requests)} prompts got no answer, {request_id!r} first: "
+                "the engine no longer has them",
+                request_id=request_id,
+            )
+        return [results[request.request_id] for request in requests]
 
     def close(self) -> None:
         """Closes the engine. Idempotent."""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-#: Why a sequence ended. ``stop``: it sampled a stop token; ``length``: max_tokens or the longest sequence is reached;
-#: ``abort``: its request was aborted; ``error``: its logits were not numbers, or its step failed (see
-#: `RequestOutput.error`).
+if TYPE_CHECKING:
+    import numpy as np
+
+#: Why a sequence ended. ``stop``: a stop token was sampled, or a stop string written; ``length``: max_tokens or the
+#: longest sequence is reached; ``abort``: its request was aborted; ``error``: its logits were not numbers, or its step
+#: failed (see `RequestOutput.error`).
 FINISH_REASONS = ("stop", "length", "abort", "error")
 
 
@@ -31,21 +35,13 @@ class RequestMetrics:
         return None if self.first_scheduled_time is None else self.first_scheduled_time - self.arrival_time
 
 
-@dataclass
+@dataclass(eq=False)
 class SequenceText:
     """One sequence's answer while it grows: append-only, so that outputs can share it."""
 
     token_ids: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
     finish_reason: str | None = None
-    num_tokens_told: int = 0
-    num_pieces_told: int = 0
-
-    def tell(self, index: int) -> CompletionOutput:
-        """The answer as it is now, for the caller; what it adds to the one told before is new in it."""
-        output = CompletionOutput(index, self)
-        self.num_tokens_told, self.num_pieces_told = len(self.token_ids), len(self.pieces)
-        return output
 
 
 class CompletionOutput:
@@ -61,14 +57,14 @@ class CompletionOutput:
         "index",
     )
 
-    def __init__(self, index: int, answer: SequenceText) -> None:
+    def __init__(self, index: int, answer: SequenceText, since: tuple[int, int] | None = None) -> None:
         self.index = index  # which of the request's n answers
         self.finish_reason = answer.finish_reason  # None while it is being written
         self._answer = answer
         self._num_tokens = len(answer.token_ids)
         self._num_pieces = len(answer.pieces)
-        self._num_tokens_before = answer.num_tokens_told
-        self._num_pieces_before = answer.num_pieces_told
+        # since: the tokens and pieces that were told before; None: all of them
+        self._num_tokens_before, self._num_pieces_before = since or (self._num_tokens, self._num_pieces)
 
     @property
     def num_tokens(self) -> int:
@@ -87,12 +83,12 @@ class CompletionOutput:
 
     @property
     def new_token_ids(self) -> list[int]:
-        """The ids that this step added."""
+        """The ids that were added since the output before."""
         return self._answer.token_ids[self._num_tokens_before : self._num_tokens]
 
     @property
     def new_text(self) -> str:
-        """The text that this step added; text waits until its last character is complete."""
+        """The text that was added since the output before; text waits until its last character is complete."""
         return "".join(self._answer.pieces[self._num_pieces_before : self._num_pieces])
 
     @property
@@ -105,19 +101,23 @@ class CompletionOutput:
         return f"CompletionOutput({what}, text={self.text!r})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RequestOutput:
     """A request after a step in which it got tokens, or when it ended."""
 
     request_id: str
     prompt: str | None  # None where the prompt was given as token ids
-    prompt_token_ids: list[int]
-    outputs: list[
-        CompletionOutput
-    ]  # from a step: the answers that got a token or ended in it; from LLM and abort: all n, in order
+    prompt_tokens: np.ndarray = field(repr=False)  # int32 [prompt_len], read-only
+    outputs: list[CompletionOutput]  # the answers that got a token or ended; in the last output all n, in order
     finished: bool  # all n answers have ended: this is the request's last output
     metrics: RequestMetrics
     error: str | None = None  # why answers ended with reason "error"
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        """The prompt's ids as a list, made when asked for. O(prompt)."""
+        ids: list[int] = self.prompt_tokens.tolist()
+        return ids
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,8 @@ class SamplingParams:
         seed: Same seed, same logits, same answer; None draws one.
         stop_token_ids: End the answer, besides the model's own end-of-text ids.
         ignore_eos: Do not end at the model's own end-of-text ids (for measurements).
+        stop: Texts that end the answer, a string or several. The text stops before the first of them; the tokens that
+            make it up are counted.
     """
 
     n: int = 1
@@ -51,6 +53,7 @@ class SamplingParams:
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_int("n", self.n, 1, 1024)
@@ -72,6 +75,7 @@ class SamplingParams:
             raise InvalidArgumentError(
                 f"ignore_eos is {self.ignore_eos!r}, not a bool", argument="ignore_eos", got=self.ignore_eos
             )
+        object.__setattr__(self, "stop", _stop_strings(self.stop))
 
     @property
     def greedy(self) -> bool:
@@ -86,6 +90,19 @@ def _token_ids(name: str, value: Any) -> tuple[int, ...]:
     for token in ids:
         _check_int(name, token, 0, 2**31 - 1)
     return tuple(int(token) for token in ids)
+
+
+def _stop_strings(value: Any) -> tuple[str, ...]:
+    """One string, or several, as a tuple; none of them is empty."""
+    if not isinstance(value, (str, Iterable)) or isinstance(value, bytes):
+        raise InvalidArgumentError(f"stop is {value!r}, neither a string nor several", argument="stop", got=value)
+    strings = (value,) if isinstance(value, str) else tuple(value)
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise InvalidArgumentError(
+                f"stop has {string!r} in it, which is no text to stop at", argument="stop", got=string
+            )
+    return strings
 
 
 def _check_int(name: str, value: Any, low: int, high: int) -> None:
@@ -118,20 +135,21 @@ class Sampler:
         self._top_k = np.zeros(max_num_seqs, dtype=np.int64)
         self._top_p = np.ones(max_num_seqs, dtype=np.float64)
         self._key = np.zeros(max_num_seqs, dtype=np.uint64)
-        self._position = np.zeros(max_num_seqs, dtype=np.uint64)  # tokens sampled so far
+        self._prompt_len = np.zeros(max_num_seqs, dtype=np.int64)
 
-    def assign(self, row: int, params: SamplingParams, key: int, position: int) -> None:
-        """Gives the row to a sequence that has sampled ``position`` tokens; ``key`` is from `sequence_key`."""
+    def assign(self, row: int, params: SamplingParams, key: int, prompt_len: int) -> None:
+        """Gives the row to a sequence whose prompt has ``prompt_len`` tokens; ``key`` is from `sequence_key`."""
         self._greedy[row] = params.greedy
         self._temperature[row] = max(params.temperature, _GREEDY_BELOW)
         self._top_k[row] = params.top_k
         self._top_p[row] = params.top_p
         self._key[row] = key
-        self._position[row] = position
+        self._prompt_len[row] = prompt_len
 
-    def sample(self, logits: torch.Tensor, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def sample(self, logits: torch.Tensor, rows: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """One token for each row of ``logits`` (float [num_samples, vocab]); ``rows`` (int [num_samples], no repeats)
-        says whose.
+        says whose, ``positions`` (int [num_samples]) where in its sequence, prompt included, the token will stand.
+        Nothing is remembered: a step that is computed again samples the same tokens.
 
         Returns (token ids int64 [num_samples], failed bool [num_samples]). A sample fails if its logits hold NaN or
         +inf, or nothing above -inf; its token id is 0 and means nothing. O(num_samples * vocab).
@@ -146,12 +164,9 @@ class Sampler:
             scaled = (logits[random].float() - best[random, None].float()) / torch.from_numpy(self._temperature[of])[
                 :, None
             ]
-            chosen[random] = draw(scaled, self._top_k[of], self._top_p[of], uniform(self._key[of], self._position[of]))
+            u = uniform(self._key[of], (positions[random] - self._prompt_len[of]).astype(np.uint64))
+            chosen[random] = draw(scaled, self._top_k[of], self._top_p[of], u)
         return chosen, failed_rows
-
-    def advance(self, rows: np.ndarray) -> None:
-        """Notes that each of these rows took its token: the next one is drawn with the next random number."""
-        self._position[rows] += np.uint64(1)
 
 
 def draw(logits: torch.Tensor, top_k: np.ndarray, top_p: np.ndarray, u: np.ndarray) -> np.ndarray:

@@ -8,9 +8,9 @@ decoded together with a few before them, and text is given out only when it can 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pagedcore.errors import InvalidArgumentError, UnsupportedError
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 _REPLACEMENT = "\ufffd"
 
 #: Tokens that stay in the decoding window for context after their text was given out.
-_CONTEXT = 5
+CONTEXT = 5
 
 #: Tokens that may stay undecided. A character has at most four bytes, so more than these are no character in the
 #: making.
@@ -95,52 +95,57 @@ class Tokenizer:
             text = self.hf.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text)
 
-    def detokenizer(self, prompt_token_ids: Sequence[int] = ()) -> Detokenizer:
-        """For one sequence's answer. The end of the prompt is context, so that the first word keeps its leading
-        space.
-        """
-        return Detokenizer(self.decode, prompt_token_ids)
+    def detokenizer(self) -> Detokenizer:
+        """What turns answers into text as they grow; one is enough for all of them."""
+        return Detokenizer(self.decode)
+
+
+class TextState(NamedTuple):
+    """How far one sequence's text has come."""
+
+    window: tuple[int, ...] = ()  # context, then tokens not given out in full
+    settled: int = 0  # leading tokens of the window whose text is out
+    given: int = 0  # characters of the window's text that are out
+
+
+NO_TEXT = TextState()
 
 
 class Detokenizer:
-    """Turns one sequence's tokens into text as they come. O(1) per token, amortised.
+    """Turns a sequence's tokens into text as they come. O(1) per token, amortised. It keeps no state of its own:
+    `begin` makes one, and `after` says what a token makes of it.
 
     The pieces joined are what `decode` gives for all tokens at once. Two exceptions, both of text that is broken
     anyway: byte runs that are no UTF-8 keep the readable characters before them (some decoders replace the whole
     run), and a run of more than twelve such tokens is given out as it is.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], prompt_token_ids: Sequence[int] = ()) -> None:
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
         self._decode = decode
-        self._window = [
-            int(token) for token in prompt_token_ids[-_CONTEXT:]
-        ]  # context, then tokens not given out in full
-        self._settled = len(self._window)  # leading tokens of the window whose text is out
-        # Characters of the window's text that are out. A character that the prompt leaves incomplete is not.
-        self._given = len(decode(self._window).rstrip(_REPLACEMENT)) if self._window else 0
 
-    def push(self, token: int) -> str:
-        """Adds a token; the text that is now certain, often a word, empty while a character is incomplete."""
-        window = self._window
-        window.append(token)
+    def begin(self, prompt_token_ids: Iterable[int] = ()) -> TextState:
+        """The state before the first token. The end of the prompt is context, so that the first word keeps its
+        leading space. ``prompt_token_ids`` can be its last few tokens only (`CONTEXT`).
+        """
+        window = tuple(int(token) for token in prompt_token_ids)[-CONTEXT:]
+        # A character that the prompt leaves incomplete is not given out yet.
+        return TextState(window, len(window), len(self._decode(window).rstrip(_REPLACEMENT)) if window else 0)
+
+    def after(self, state: TextState, token: int | None, *, last: bool = False) -> tuple[str, TextState]:
+        """Adds a token, if there is one: the text that is now certain, often a word, empty while a character is
+        incomplete; and the state then. With ``last`` the rest is certain too: an incomplete character comes out as
+        U+FFFD.
+        """
+        window = state.window if token is None else (*state.window, token)
         text = self._decode(window)
-        undecided = text.endswith(_REPLACEMENT)
-        if undecided and len(window) - self._settled <= _MAX_UNDECIDED:
+        waiting = text.endswith(_REPLACEMENT) and len(window) - state.settled <= _MAX_UNDECIDED and not last
+        if waiting:
             text = text.rstrip(_REPLACEMENT)
-        new = text[self._given :]
-        self._given = max(self._given, len(text))
-        if not undecided or len(window) - self._settled > _MAX_UNDECIDED:
-            self._settled = len(window)
-            if len(window) > 4 * _CONTEXT:  # slide: amortised, as decoding the context anew costs about a token
-                del window[:-_CONTEXT]
-                self._settled = len(window)
-                self._given = len(self._decode(window))
-        return new
-
-    def flush(self) -> str:
-        """The rest, at the end of the sequence: an incomplete character comes out as U+FFFD."""
-        text = self._decode(self._window)
-        new = text[self._given :]
-        self._given = len(text)
-        self._settled = len(self._window)
-        return new
+        new = text[state.given :]
+        given = max(state.given, len(text))
+        if waiting:
+            return new, TextState(window, state.settled, given)
+        if len(window) > 4 * CONTEXT:  # slide: amortised, as decoding the context anew costs about a token
+            window = window[-CONTEXT:]
+            given = len(self._decode(window))
+        return new, TextState(window, len(window), given)
