@@ -219,7 +219,17 @@ WRONG_CONTENT = Bad(
 )
 BAD_CONTENT = Bad(
     (InvalidArgumentError,),
-    lambda: [[()], [(1,)], [(0, 1, b"", 3)], [(0, 0, b"")], [(5, 1, b"")], [(0, 2**63, b"")], [(-(2**64), 1, b"")]],
+    lambda: [
+        [()],
+        [(1,)],
+        [(0, 1, b"", 3)],
+        [(0, 0, b"")],
+        [(5, 1, b"")],
+        [(0, 2**63, b"")],
+        [(-(2**64), 1, b"")],
+        [(0, 1, bytes(257))],  # not a digest
+        [(0, 9, bytes([i])) for i in range(17)],  # too many at one position
+    ],
 )
 UNKNOWN_REQUESTS = Bad((UnknownRequestError,), lambda: ["", "nobody", "r1 ", "ü" * 1000])
 WRONG_STEPS = Bad((StepError,), lambda: [10**6, 2**62, 2**63 - 1])

@@ -4,10 +4,17 @@
 //! positions a content covers and by what bytes it is known (a digest); a block that overlaps it carries those bytes,
 //! and where in the content the block lies, in its identity.
 
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
 use crate::error::{Error, Expected, Result};
+
+/// Bytes of a key. Each block that the content covers hashes them again, under the lock: a digest, not the content.
+pub const MAX_KEY_BYTES: usize = 256;
+/// Contents at one position. Each block carries those that it overlaps.
+pub const MAX_CONTENT_DEPTH: usize = 16;
 
 /// Positions `start..stop` stand for the content known as `key`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -16,45 +23,72 @@ pub struct ContentKey {
     pub start: i64,
     /// The position after the last.
     pub stop: i64,
-    /// What the content is known by.
+    /// What the content is known by: a digest of at most [`MAX_KEY_BYTES`].
     pub key: Arc<[u8]>,
 }
 
-/// The content of a sequence, in order of position. Cheap to clone.
+/// A key among those of a sequence.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ContentKeys(Arc<[ContentKey]>);
-
-impl Default for ContentKeys {
-    fn default() -> Self {
-        Self(Arc::from([]))
-    }
+struct Entry {
+    key: ContentKey,
+    /// The last stop of this one and all before it: ascending, so that a walk finds where to begin.
+    reach: i64,
 }
+
+/// The content of a sequence, in order of position. Cheap to clone.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ContentKeys(Arc<[Entry]>);
 
 impl ContentKeys {
     /// Takes keys in any order. O(n log n).
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a key that covers no position.
+    /// [`Error::InvalidArgument`] for a key that covers no position or has more than [`MAX_KEY_BYTES`], or for more
+    /// than [`MAX_CONTENT_DEPTH`] at one position.
     pub fn new(mut keys: Vec<ContentKey>) -> Result<Self> {
-        if let Some(key) = keys.iter().find(|key| key.stop <= key.start) {
-            let expected = Expected::That("a stop after its start");
-            return Err(Error::argument("content_keys", key.stop, expected));
+        for key in &keys {
+            if key.stop <= key.start {
+                let expected = Expected::That("a stop after its start");
+                return Err(Error::argument("content_keys", key.stop, expected));
+            }
+            if key.key.len() > MAX_KEY_BYTES {
+                let expected = Expected::That("at most 256 bytes each: a digest of the content");
+                return Err(Error::argument("content_keys", key.key.len(), expected));
+            }
         }
         keys.sort_unstable();
-        Ok(Self(keys.into()))
+        let mut open = BinaryHeap::new();
+        for key in &keys {
+            while open.peek().is_some_and(|&Reverse(stop)| stop <= key.start) {
+                open.pop();
+            }
+            open.push(Reverse(key.stop));
+            if open.len() > MAX_CONTENT_DEPTH {
+                let expected = Expected::That("at most 16 at one position");
+                return Err(Error::argument("content_keys", open.len(), expected));
+            }
+        }
+        Ok(Self::sorted(keys))
+    }
+
+    fn sorted(keys: impl IntoIterator<Item = ContentKey>) -> Self {
+        let mut reach = i64::MIN;
+        let entries = keys.into_iter().map(|key| {
+            reach = reach.max(key.stop);
+            Entry { key, reach }
+        });
+        Self(entries.collect())
     }
 
     /// What is left of it in the first `len` positions. O(keys).
     pub(crate) fn truncate(&mut self, len: usize) {
         let len = i64::try_from(len).unwrap_or(i64::MAX);
-        if self.0.iter().any(|key| key.stop > len) {
-            let kept = self.0.iter().filter(|key| key.start < len);
-            self.0 = kept
-                .map(|key| ContentKey {
-                    stop: key.stop.min(len),
-                    ..key.clone()
-                })
-                .collect();
+        if self.0.last().is_some_and(|last| last.reach > len) {
+            let kept = self.0.iter().map(|entry| &entry.key).filter(|key| key.start < len);
+            *self = Self::sorted(kept.map(|key| ContentKey {
+                stop: key.stop.min(len),
+                ..key.clone()
+            }));
         }
     }
 
@@ -87,33 +121,40 @@ impl Hash for Part {
 /// Walks blocks in ascending order and gives the parts in each. Amortised O(1) per block and part.
 #[derive(Debug)]
 pub(crate) struct Cursor<'a> {
-    keys: &'a [ContentKey],
+    block_size: usize,
+    /// Those that are not open yet, or were not asked about.
+    keys: &'a [Entry],
     /// Keys that started before the end of the last block asked for, and have not ended.
     open: Vec<&'a ContentKey>,
     parts: Vec<Part>,
 }
 
 impl<'a> Cursor<'a> {
-    pub(crate) fn new(keys: &'a ContentKeys) -> Self {
+    /// A walk from block number `first` on. O(log keys): what ends before it is not looked at.
+    pub(crate) fn new(keys: &'a ContentKeys, first: usize, block_size: usize) -> Self {
+        let position = position(first * block_size);
+        let ended = keys.0.partition_point(|entry| entry.reach <= position);
         Self {
-            keys: &keys.0,
+            block_size,
+            keys: &keys.0[ended..],
             open: Vec::new(),
             parts: Vec::new(),
         }
     }
 
-    /// The parts in block number `index` of `block_size` tokens.
-    pub(crate) fn parts(&mut self, index: usize, block_size: usize) -> &[Part] {
+    /// The parts in block number `index`.
+    pub(crate) fn parts(&mut self, index: usize) -> &[Part] {
         if self.keys.is_empty() && self.open.is_empty() {
             return &[];
         }
-        // A sequence's positions fit: each has a token in memory.
-        #[allow(clippy::cast_possible_wrap)]
-        let (first, end) = ((index * block_size) as i64, ((index + 1) * block_size) as i64);
-        let started = self.keys.partition_point(|key| key.start < end);
+        let (first, end) = (
+            position(index * self.block_size),
+            position((index + 1) * self.block_size),
+        );
+        let started = self.keys.partition_point(|entry| entry.key.start < end);
         let (now, later) = self.keys.split_at(started);
         self.keys = later;
-        self.open.extend(now);
+        self.open.extend(now.iter().map(|entry| &entry.key));
         self.open.retain(|key| key.stop > first);
         self.parts.clear();
         self.parts.extend(self.open.iter().map(|key| Part {
@@ -123,6 +164,12 @@ impl<'a> Cursor<'a> {
         }));
         &self.parts
     }
+}
+
+/// A position as keys count them. A sequence's fit: each has a token in memory.
+#[allow(clippy::cast_possible_wrap)]
+const fn position(index: usize) -> i64 {
+    index as i64
 }
 
 #[cfg(test)]
@@ -140,10 +187,10 @@ mod tests {
     #[test]
     fn a_part_says_where_in_the_content_its_block_lies() {
         let keys = ContentKeys::new(vec![key(40, 44, b"b"), key(6, 20, b"a")]).unwrap();
-        let mut cursor = Cursor::new(&keys);
+        let mut cursor = Cursor::new(&keys, 0, 8);
         let mut spans = |index| {
             cursor
-                .parts(index, 8)
+                .parts(index)
                 .iter()
                 .map(|p| (p.start, p.stop))
                 .collect::<Vec<_>>()
@@ -159,7 +206,51 @@ mod tests {
     #[test]
     fn a_walk_may_start_anywhere() {
         let keys = ContentKeys::new(vec![key(0, 100, b"long"), key(1, 2, b"short"), key(30, 40, b"late")]).unwrap();
-        assert_eq!(Cursor::new(&keys).parts(3, 8).len(), 2);
+        assert_eq!(Cursor::new(&keys, 0, 8).parts(3).len(), 2);
+    }
+
+    #[test]
+    fn a_walk_does_not_look_at_what_ended_before_it() {
+        let images = (0..1000).map(|i| key(10 * i, 10 * i + 7, &i.to_le_bytes()));
+        let keys = ContentKeys::new(images.chain([key(35, 90, b"film")]).collect()).unwrap();
+        for first in [0, 1, 5, 12, 600, 1249, 5000] {
+            let mut cursor = Cursor::new(&keys, first, 8);
+            assert!(
+                cursor.keys.len() <= 1001 - (first * 8 / 10).min(1000),
+                "from block {first}"
+            );
+            let mut whole = Cursor::new(&keys, 0, 8);
+            for index in first..first + 20 {
+                assert_eq!(cursor.parts(index), whole.parts(index), "block {index} from {first}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_truncation_keeps_what_a_walk_needs() {
+        let mut keys = ContentKeys::new(vec![key(0, 50, b"a"), key(5, 9, b"b"), key(60, 70, b"c")]).unwrap();
+        keys.truncate(40);
+        assert_eq!(keys, ContentKeys::new(vec![key(0, 40, b"a"), key(5, 9, b"b")]).unwrap());
+        keys.truncate(40);
+        assert_eq!(Cursor::new(&keys, 4, 8).parts(4).len(), 1);
+        assert_eq!(Cursor::new(&keys, 5, 8).parts(5).len(), 0);
+    }
+
+    /// What a block costs to look up is bounded: by the bytes of a key, and by the keys in it.
+    #[test]
+    fn long_keys_and_deep_piles_are_refused() {
+        let long = |bytes| ContentKeys::new(vec![key(0, 9, &vec![1; bytes])]);
+        assert!(long(MAX_KEY_BYTES).is_ok());
+        let message = long(MAX_KEY_BYTES + 1).unwrap_err().to_string();
+        assert_eq!(
+            message,
+            "content_keys is 257, expected at most 256 bytes each: a digest of the content"
+        );
+        let pile = |count: i64| ContentKeys::new((0..count).map(|i| key(i, 40, b"k")).collect());
+        assert!(pile(MAX_CONTENT_DEPTH as i64).is_ok());
+        let message = pile(MAX_CONTENT_DEPTH as i64 + 1).unwrap_err().to_string();
+        assert_eq!(message, "content_keys is 17, expected at most 16 at one position");
+        assert!(ContentKeys::new((0..100).map(|i| key(i, i + 16, b"k")).collect()).is_ok());
     }
 
     #[test]

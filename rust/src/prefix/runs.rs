@@ -81,10 +81,10 @@ impl PrefixCache {
         content: &ContentKeys,
         tokens: impl Fn(usize) -> &'a [u32],
     ) -> impl Iterator<Item = NodeId> {
-        let mut cursor = Cursor::new(content);
+        let mut cursor = Cursor::new(content, 0, self.block_size);
         let mut parent = None;
         (0..limit).map_while(move |index| {
-            let content = cursor.parts(index, self.block_size);
+            let content = cursor.parts(index);
             parent = self.trie.find(&Query {
                 parent,
                 namespace,
@@ -165,9 +165,9 @@ impl PrefixCache {
         pool.apply_release(&duplicates, at.fence, self);
         duplicates.clear();
         self.duplicates = duplicates;
-        let mut cursor = Cursor::new(at.content);
+        let mut cursor = Cursor::new(at.content, at.first + known, self.block_size);
         for (index, &block) in blocks.iter().enumerate().skip(known) {
-            let content = cursor.parts(at.first + index, self.block_size);
+            let content = cursor.parts(at.first + index);
             let query = Query {
                 parent: node,
                 namespace: at.namespace,
@@ -193,10 +193,10 @@ impl PrefixCache {
         tokens: &impl Fn(usize) -> &'a [u32],
         duplicates: &mut Vec<BlockId>,
     ) -> Result<(usize, Option<NodeId>)> {
-        let mut cursor = Cursor::new(at.content);
+        let mut cursor = Cursor::new(at.content, at.first, self.block_size);
         let (mut node, mut known) = (at.parent, 0);
         while known < blocks.len() {
-            let content = cursor.parts(at.first + known, self.block_size);
+            let content = cursor.parts(at.first + known);
             let query = Query {
                 parent: node,
                 namespace: at.namespace,

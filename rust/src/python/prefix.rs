@@ -416,7 +416,7 @@ fn extra_key(key: &Bound<'_, PyAny>, argument: &str) -> PyResult<ExtraKey> {
     }
 }
 
-/// `content_keys`: tuples (start, stop, bytes).
+/// `content_keys`: tuples (start, stop, bytes), see `ContentKeys::new` for what is refused.
 pub fn read_content_keys(keys: &Arg<'_>) -> PyResult<ContentKeys> {
     let Some(keys) = &keys.0 else {
         return Ok(ContentKeys::default());
