@@ -9,12 +9,21 @@ use std::collections::HashMap;
 use crate::error::{Error, Result};
 use crate::ids::BlockId;
 
+/// A copy to make.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Pair {
+    /// Copied from; the pair holds a reference to it.
+    pub(crate) src: BlockId,
+    /// Copied to.
+    pub(crate) dst: BlockId,
+    /// The life of dst that the copy is for: others can hold it too, give it back last, and take it again.
+    pub(crate) generation: u32,
+}
+
 /// Copies that nobody has taken yet.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Copies {
-    pairs: Vec<(BlockId, BlockId)>,
-    /// The life of each dst that its copy is for: others can hold it too, give it back last, and take it again.
-    generations: Vec<u32>,
+    pairs: Vec<Pair>,
     /// The pair of each dst.
     by_dst: HashMap<BlockId, usize>,
     /// How many pairs hold each src.
@@ -26,7 +35,7 @@ impl Copies {
         self.pairs.is_empty()
     }
 
-    pub(crate) fn pairs(&self) -> &[(BlockId, BlockId)] {
+    pub(crate) fn pairs(&self) -> &[Pair] {
         &self.pairs
     }
 
@@ -44,24 +53,22 @@ impl Copies {
         if self.pairs.is_empty() {
             return None;
         }
-        self.by_dst.get(&dst).map(|&pair| self.pairs[pair].0)
+        self.by_dst.get(&dst).map(|&pair| self.pairs[pair].src)
     }
 
-    /// Adds a pair; the reference to `src` that it holds is the caller's to provide.
-    pub(crate) fn add(&mut self, src: BlockId, dst: BlockId, generation: u32) {
-        self.by_dst.insert(dst, self.pairs.len());
-        self.pairs.push((src, dst));
-        self.generations.push(generation);
-        *self.holds.entry(src).or_default() += 1;
+    /// Adds a pair; the reference to its src is the caller's to provide.
+    pub(crate) fn add(&mut self, pair: Pair) {
+        self.by_dst.insert(pair.dst, self.pairs.len());
+        self.pairs.push(pair);
+        *self.holds.entry(pair.src).or_default() += 1;
     }
 
     /// Drops the pair of `dst`, if there is one, and returns its src: the reference is now the caller's.
     pub(crate) fn cancel(&mut self, dst: BlockId) -> Option<BlockId> {
         let place = self.by_dst.remove(&dst)?;
-        let (src, _) = self.pairs.swap_remove(place);
-        self.generations.swap_remove(place);
-        if let Some(&(_, moved)) = self.pairs.get(place) {
-            self.by_dst.insert(moved, place);
+        let Pair { src, .. } = self.pairs.swap_remove(place);
+        if let Some(moved) = self.pairs.get(place) {
+            self.by_dst.insert(moved.dst, place);
         }
         if let Some(holds) = self.holds.get_mut(&src) {
             *holds -= 1;
@@ -72,14 +79,22 @@ impl Copies {
         Some(src)
     }
 
-    /// Appends the pairs whose destination still lives, as `lives` says of a block and its generation, to `out`, and
-    /// forgets all; the references are now the caller's.
-    pub(crate) fn take(&mut self, lives: impl Fn(BlockId, u32) -> bool, out: &mut Vec<(BlockId, BlockId)>) {
-        let all = self.pairs.drain(..).zip(self.generations.drain(..));
-        out.extend(
-            all.filter(|&((_, dst), generation)| lives(dst, generation))
-                .map(|(pair, _)| pair),
-        );
+    /// Pairs that copy from `old` copy from `new` from now on, of which the caller provides as many references as it
+    /// gets of `old`: that many are returned. O(pairs) if there are any, else O(1).
+    pub(crate) fn redirect(&mut self, old: BlockId, new: BlockId) -> u32 {
+        let Some(holds) = self.holds.remove(&old) else {
+            return 0;
+        };
+        for pair in self.pairs.iter_mut().filter(|pair| pair.src == old) {
+            pair.src = new;
+        }
+        *self.holds.entry(new).or_default() += holds;
+        holds
+    }
+
+    /// Gives every pair to `each`, and forgets it; the references are now the caller's.
+    pub(crate) fn drain(&mut self, each: impl FnMut(Pair)) {
+        self.pairs.drain(..).for_each(each);
         self.by_dst.clear();
         self.holds.clear();
     }
@@ -87,7 +102,7 @@ impl Copies {
     /// O(pairs).
     pub(crate) fn check(&self) -> Result<()> {
         let mut holds: HashMap<BlockId, u32> = HashMap::new();
-        for (place, &(src, dst)) in self.pairs.iter().enumerate() {
+        for (place, &Pair { src, dst, .. }) in self.pairs.iter().enumerate() {
             *holds.entry(src).or_default() += 1;
             if self.by_dst.get(&dst) != Some(&place) {
                 return Err(Error::corruption(
@@ -125,14 +140,30 @@ impl Copies {
 mod tests {
     use super::*;
 
+    fn pair(src: u32, dst: u32) -> Pair {
+        Pair {
+            src: BlockId(src),
+            dst: BlockId(dst),
+            generation: 1,
+        }
+    }
+
+    fn drained(copies: &mut Copies) -> Vec<(u32, u32)> {
+        copies.check().unwrap();
+        let mut pairs = Vec::new();
+        copies.drain(|pair| pairs.push((pair.src.0, pair.dst.0)));
+        assert_eq!(*copies, Copies::default());
+        pairs.sort_unstable();
+        pairs
+    }
+
     #[test]
     fn cancelling_keeps_the_others() {
         let block = BlockId;
         let mut copies = Copies::default();
-        copies.add(block(1), block(2), 1);
-        copies.add(block(1), block(3), 1);
-        copies.add(block(4), block(5), 1);
-        copies.add(block(4), block(6), 1);
+        for (src, dst) in [(1, 2), (1, 3), (4, 5), (4, 6)] {
+            copies.add(pair(src, dst));
+        }
         assert_eq!(
             (copies.holds(block(1)), copies.source_of(block(5))),
             (2, Some(block(4)))
@@ -144,10 +175,19 @@ mod tests {
             (copies.holds(block(1)), copies.source_of(block(5))),
             (1, Some(block(4)))
         );
-        let mut out = Vec::new();
-        copies.take(|dst, generation| dst != block(6) && generation == 1, &mut out);
-        out.sort_unstable();
-        assert_eq!(out, [(block(1), block(3)), (block(4), block(5))]);
-        assert_eq!(copies, Copies::default());
+        assert_eq!(drained(&mut copies), [(1, 3), (4, 5), (4, 6)]);
+    }
+
+    #[test]
+    fn no_destination_stays_a_source() {
+        let mut copies = Copies::default();
+        for (src, dst) in [(2, 3), (2, 4), (1, 5)] {
+            copies.add(pair(src, dst));
+        }
+        assert_eq!(copies.redirect(BlockId(9), BlockId(1)), 0);
+        assert_eq!(copies.redirect(BlockId(2), BlockId(1)), 2);
+        copies.add(pair(1, 2));
+        assert_eq!(copies.holds(BlockId(1)), 4);
+        assert_eq!(drained(&mut copies), [(1, 2), (1, 3), (1, 4), (1, 5)]);
     }
 }

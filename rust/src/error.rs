@@ -184,6 +184,8 @@ pub enum Error {
         found: u64,
         /// The value that belongs there.
         expected: u64,
+        /// The error that showed it, if one did.
+        cause: Option<Box<Error>>,
     },
     /// The core was used in a child of a forked process.
     ForkedProcess,
@@ -240,6 +242,23 @@ impl Error {
             at: at.try_into().unwrap_or(u64::MAX),
             found: found.try_into().unwrap_or(u64::MAX),
             expected: expected.try_into().unwrap_or(u64::MAX),
+            cause: None,
+        }
+    }
+
+    /// The corruption that an error stands for where none can be: inside an operation whose arguments were all
+    /// checked, and which is left between two states.
+    pub(crate) fn into_corruption(self) -> Self {
+        if let Self::Corruption { .. } = self {
+            return self;
+        }
+        Self::Corruption {
+            invariant: "A6",
+            what: "the number of errors inside a checked operation",
+            at: 0,
+            found: 1,
+            expected: 0,
+            cause: Some(Box::new(self)),
         }
     }
 }
@@ -314,11 +333,13 @@ impl fmt::Display for Error {
                 at,
                 found,
                 expected,
+                cause,
             } => {
                 write!(
                     f,
                     "invariant {invariant} broken: {what} at {at} is {found}, expected {expected}"
-                )
+                )?;
+                cause.as_ref().map_or(Ok(()), |cause| write!(f, " ({cause})"))
             }
             Self::ForkedProcess => f.write_str("this core belongs to the parent of a forked process"),
         }

@@ -10,6 +10,7 @@
 //! run them and then the forward pass over the tables, `complete_step`, `commit`.
 
 mod check;
+mod moves;
 mod slots;
 mod tables;
 #[cfg(test)]
@@ -23,11 +24,8 @@ use crate::namespace::NamespaceKey;
 use crate::pool::{BlockPool, PoolStats};
 use crate::prefix::{CacheStats, PrefixCache};
 use crate::sequence::{Sequence, Sequences};
-use crate::tokens::Tokens;
+use crate::tokens::{Tokens, Vocabulary};
 use crate::zeroing::Zeroing;
-
-/// Token ids are below it: they travel in int32 arrays.
-const TOKEN_IDS: u64 = 1 << 31;
 
 /// The most forks that one call makes.
 pub const MAX_FORKS: usize = 1 << 16;
@@ -54,7 +52,7 @@ pub struct ManagerConfig {
     /// Groups of layers. One, with full attention, is what this version does.
     pub groups: Vec<KVGroup>,
     /// Token ids are below it.
-    pub vocab_size: Option<u32>,
+    pub vocab_size: Option<usize>,
 }
 
 impl ManagerConfig {
@@ -99,8 +97,7 @@ pub struct KVCacheManager {
     block_size: usize,
     caching: bool,
     merging: bool,
-    /// Token ids are below it.
-    vocab_size: u64,
+    vocabulary: Vocabulary,
     pool: BlockPool,
     /// Without caching, it only keeps namespaces (tenants).
     cache: PrefixCache,
@@ -140,20 +137,13 @@ impl KVCacheManager {
                 });
             }
         }
-        let vocab_size = config.vocab_size.map_or(TOKEN_IDS, u64::from);
-        if !(1..=TOKEN_IDS).contains(&vocab_size) {
-            return Err(Error::argument(
-                "vocab_size",
-                vocab_size,
-                Expected::Between(1, TOKEN_IDS),
-            ));
-        }
+        let vocabulary = Vocabulary::new(config.vocab_size)?;
         let pool = BlockPool::new(config.num_blocks, config.block_size)?;
         Ok(Self {
             block_size: config.block_size,
             caching: config.enable_prefix_caching,
             merging: config.merge_blocks,
-            vocab_size,
+            vocabulary,
             cache: PrefixCache::new(&pool)?,
             zeroing: Zeroing::new(config.num_blocks)?,
             pool,
@@ -175,7 +165,7 @@ impl KVCacheManager {
         if tokens.is_empty() {
             return Err(Error::argument("token_ids", 0, Expected::That("at least one token")));
         }
-        self.check_tokens(tokens)?;
+        self.vocabulary.check(tokens)?;
         let mut table = Vec::new();
         let mut node = None;
         if let (true, Some(root)) = (self.caching, self.cache.namespaces().find(&key)) {
@@ -198,6 +188,7 @@ impl KVCacheManager {
             era: self.cache.era(namespace),
             content,
             preempted: false,
+            owned: false,
         }))
     }
 
@@ -219,7 +210,7 @@ impl KVCacheManager {
     /// # Errors
     /// [`Error::StaleHandle`]; [`Error::TokenOutOfRange`]. On error nothing changes.
     pub fn append(&mut self, seq: SeqHandle, tokens: &[u32]) -> Result<()> {
-        self.check_tokens(tokens)?;
+        self.vocabulary.check(tokens)?;
         self.sequences.get_mut(seq)?.tokens.extend(tokens);
         Ok(())
     }
@@ -277,6 +268,7 @@ impl KVCacheManager {
             table: parent.table[..shared].to_vec(),
             slots: parent.computed,
             content: parent.content.clone(),
+            owned: false,
             ..*parent
         };
         let namespace = child.namespace;
@@ -357,18 +349,6 @@ impl KVCacheManager {
         self.scratch.append(&mut sequence.table);
         self.forget_dropped();
         self.cache.namespaces_mut().unhold(sequence.namespace)
-    }
-
-    /// Are all token ids in the vocabulary?
-    fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
-        match tokens.iter().position(|&token| u64::from(token) >= self.vocab_size) {
-            Some(position) => Err(Error::TokenOutOfRange {
-                token: i64::from(tokens[position]),
-                position,
-                vocab_size: self.vocab_size,
-            }),
-            None => Ok(()),
-        }
     }
 
     fn is_preempted_error(seq: SeqHandle) -> Error {

@@ -139,8 +139,10 @@ pub(crate) struct Request {
     /// No sequence has a token of its own: the siblings take their first one from the lead's logits.
     pub fresh: bool,
     pub preemptions: u32,
-    /// Blocks that the last prefix lookup would have saved, which did not lead to an admission, and its turn.
-    pub probed: Option<(u64, u64)>,
+    /// How often it was admitted.
+    pub admissions: u32,
+    /// Blocks of its prefix that others held when it was last looked up, and the turn of that.
+    pub held_prefix: Option<(u64, u64)>,
 }
 
 impl Request {
@@ -167,7 +169,8 @@ impl Request {
             leading: false,
             fresh: true,
             preemptions: 0,
-            probed: None,
+            admissions: 0,
+            held_prefix: None,
         }
     }
 

@@ -22,7 +22,6 @@
 
 mod check;
 mod config;
-mod copies;
 mod decide;
 mod explain;
 mod lifecycle;
@@ -48,6 +47,7 @@ use crate::manager::KVCacheManager;
 use crate::plan::{PlanBuffer, PlanLimits};
 use crate::policy::Rank;
 use crate::pool::Reclaim;
+use crate::tokens::Vocabulary;
 use requests::Requests;
 use rows::Rows;
 use update::InFlight;
@@ -57,6 +57,8 @@ use update::InFlight;
 pub struct Scheduler {
     config: SchedulerConfig,
     limits: PlanLimits,
+    /// Of the manager, and of the configuration.
+    vocabulary: Vocabulary,
     manager: KVCacheManager,
     requests: Requests,
     by_id: HashMap<Arc<str>, u32>,
@@ -114,21 +116,27 @@ impl Scheduler {
     /// published blocks (`merge_blocks=False`), or has steps in flight.
     pub fn with_manager(config: SchedulerConfig, manager: KVCacheManager) -> Result<Self> {
         config.validate()?;
+        let vocabulary = config.vocabulary()?;
         let same = [
-            ("num_blocks", config.num_blocks, manager.pool().num_blocks()),
-            ("block_size", config.block_size, manager.pool().block_size()),
+            (
+                "num_blocks",
+                config.num_blocks as u64,
+                manager.pool().num_blocks() as u64,
+            ),
+            ("block_size", config.block_size as u64, manager.block_size() as u64),
             (
                 "enable_prefix_caching",
-                usize::from(config.enable_prefix_caching),
-                usize::from(manager.cache().is_some()),
+                config.enable_prefix_caching.into(),
+                manager.cache().is_some().into(),
             ),
+            ("vocab_size", vocabulary.size(), manager.vocabulary().size()),
             // Without merging, a request pins blocks that it does not hold, and might not fit its own bound (S3).
-            ("merge_blocks", 1, usize::from(manager.merge_blocks())),
-            ("manager", 0, manager.pool().steps_in_flight()),
+            ("merge_blocks", 1, manager.merge_blocks().into()),
+            ("manager", 0, manager.pool().steps_in_flight() as u64),
         ];
         for (argument, expected, got) in same {
             if got != expected {
-                return Err(Error::argument(argument, got, Expected::Exactly(expected as u64)));
+                return Err(Error::argument(argument, got, Expected::Exactly(expected)));
             }
         }
         let limits = config.plan_limits();
@@ -136,6 +144,7 @@ impl Scheduler {
         Ok(Self {
             buffer: PlanBuffer::new(&limits)?,
             limits,
+            vocabulary,
             manager,
             requests: Requests::default(),
             by_id: HashMap::default(),
@@ -223,11 +232,10 @@ impl Scheduler {
         &mut self.manager
     }
 
-    /// Is this the sequence of a request? O(requests).
+    /// Is this the sequence of a request? O(1).
     #[must_use]
     pub fn owns(&self, seq: SeqHandle) -> bool {
-        let mut requests = self.requests.iter();
-        requests.any(|(_, request)| request.children.iter().any(|child| child.seq == Some(seq)))
+        self.manager.is_claimed(seq)
     }
 
     /// The step in flight.
@@ -255,12 +263,37 @@ impl Scheduler {
         self.poison.clone().map_or(Ok(()), Err)
     }
 
-    /// Keeps the corruption found inside an operation: from then on nothing can be trusted. The inner calls fail in
-    /// no other way, since every argument was checked before.
+    /// Keeps the corruption that an error inside an operation stands for: every argument was checked before, so from
+    /// then on nothing can be trusted.
     fn guard<T>(&mut self, result: Result<T>) -> Result<T> {
-        if let Err(error) = &result {
-            self.poison = Some(error.clone());
-        }
-        result
+        result.map_err(|error| {
+            let corruption = error.into_corruption();
+            self.poison = Some(corruption.clone());
+            corruption
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_inside_an_operation_is_a_corruption_that_says_which() {
+        let mut scheduler = Scheduler::new(SchedulerConfig::new(8)).unwrap();
+        let inner = Error::OutOfBlocks { needed: 3, free: 1 };
+        let error = scheduler.guard::<()>(Err(inner.clone())).unwrap_err();
+        assert!(
+            error.to_string().ends_with(" (needed 3 blocks, 1 can be had)"),
+            "{error}"
+        );
+        let Error::Corruption { cause, .. } = &error else {
+            panic!("{error:?}");
+        };
+        assert_eq!(cause.as_deref(), Some(&inner));
+        assert_eq!(scheduler.schedule().unwrap_err(), error);
+        assert_eq!(scheduler.update(1, &[], None, None).unwrap_err(), error);
+        let broken = Error::corruption("A1", "the number of used blocks", 0, 4, 5);
+        assert_eq!(scheduler.guard::<()>(Err(broken.clone())), Err(broken));
     }
 }

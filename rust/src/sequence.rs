@@ -29,6 +29,8 @@ pub(crate) struct Sequence {
     pub(crate) content: ContentKeys,
     /// Without blocks until resumed.
     pub(crate) preempted: bool,
+    /// A request's: its scheduler alone may change it.
+    pub(crate) owned: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -6,6 +6,67 @@
 
 use std::sync::Arc;
 
+use crate::error::{Error, Expected, Result};
+
+/// The token ids that there are: those below a size. What checks token ids anywhere asks here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Vocabulary {
+    /// 1 to 2³¹.
+    size: u32,
+}
+
+impl Vocabulary {
+    /// Every token id that fits the int32 arrays in which they travel.
+    pub(crate) const ALL: Self = Self { size: 1 << 31 };
+
+    /// Token ids below `size`; all of them without one.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for `vocab_size` unless 1 ≤ size ≤ 2³¹.
+    pub(crate) fn new(size: Option<usize>) -> Result<Self> {
+        let size = size.unwrap_or(1 << 31);
+        if let Ok(size @ 1..=0x8000_0000) = u32::try_from(size) {
+            return Ok(Self { size });
+        }
+        let expected = Expected::Between(1, Self::ALL.size());
+        Err(Error::argument("vocab_size", size, expected))
+    }
+
+    pub(crate) fn size(self) -> u64 {
+        self.size.into()
+    }
+
+    pub(crate) fn contains(self, token: impl Into<i64>) -> bool {
+        (0..i64::from(self.size)).contains(&token.into())
+    }
+
+    /// Are all of these in the vocabulary? O(tokens).
+    ///
+    /// # Errors
+    /// [`Error::TokenOutOfRange`] for the first that is not.
+    pub(crate) fn check<T: Copy + Ord + Into<i64>>(self, tokens: &[T]) -> Result<()> {
+        let Some(&first) = tokens.first() else { return Ok(()) };
+        // A pass that is done many at a time; where a bad one is matters only if there is one.
+        let (low, high) = tokens
+            .iter()
+            .fold((first, first), |(low, high), &token| (token.min(low), token.max(high)));
+        if self.contains(low) && self.contains(high) {
+            return Ok(());
+        }
+        let bad = (0..).zip(tokens).find(|&(_, &token)| !self.contains(token));
+        bad.map_or(Ok(()), |(position, &token)| Err(self.refuse(token, position)))
+    }
+
+    /// The error for a token outside.
+    pub(crate) fn refuse(self, token: impl Into<i64>, position: usize) -> Error {
+        Error::TokenOutOfRange {
+            token: token.into(),
+            position,
+            vocab_size: self.size(),
+        }
+    }
+}
+
 /// About how many tokens a chunk has.
 const CHUNK_TOKENS: usize = 1024;
 
@@ -93,6 +154,34 @@ impl Tokens {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_vocabulary_is_1_to_all_int32s() {
+        for size in [0, (1 << 31) + 1, usize::MAX] {
+            let refused = Vocabulary::new(Some(size)).unwrap_err();
+            let expected = Expected::Between(1, 1 << 31);
+            assert_eq!(refused, Error::argument("vocab_size", size, expected));
+        }
+        assert_eq!(Vocabulary::new(None), Vocabulary::new(Some(1 << 31)));
+    }
+
+    #[test]
+    fn the_first_token_outside_is_named() {
+        let vocabulary = Vocabulary::new(Some(10)).unwrap();
+        let named = |token, position| {
+            Err(Error::TokenOutOfRange {
+                token,
+                position,
+                vocab_size: 10,
+            })
+        };
+        assert_eq!(vocabulary.check::<u32>(&[]), Ok(()));
+        assert_eq!(vocabulary.check(&[0_u32, 9]), Ok(()));
+        assert_eq!(vocabulary.check(&[0_u32, 10, u32::MAX]), named(10, 1));
+        assert_eq!(vocabulary.check(&[0_i32, 3, -1]), named(-1, 2));
+        assert_eq!(Vocabulary::ALL.check(&[i32::MAX]), Ok(()));
+        assert!(Vocabulary::ALL.check(&[1_u32 << 31]).is_err());
+    }
 
     fn read(tokens: &Tokens, start: usize, stop: usize) -> Vec<u32> {
         tokens.slices(start, stop).flatten().copied().collect()

@@ -105,6 +105,11 @@ impl Trie {
         self.lru.len()
     }
 
+    /// Is there a reason against the node's eviction?
+    pub(crate) fn is_pinned(&self, node: NodeId) -> bool {
+        self.nodes[node.index()].pins > 0
+    }
+
     pub(crate) fn block(&self, node: NodeId) -> BlockId {
         self.nodes[node.index()].block
     }

@@ -1,118 +1,95 @@
 //! Which blocks have to be zeroed before their next write: those that come to another tenant.
 //!
 //! The pool's memory is zeroed when it is made, so a block's first owner gets zeros. After that a block remembers the
-//! tenant that had it last; when another one gets it, it is put on a list that is taken with the next step, before the
-//! copies and the writes. One tenant alone never causes a zeroing.
+//! tenant that had it last; when another one gets it, it waits to be taken with the next step, before the copies and
+//! the writes. One tenant alone never causes a zeroing.
+//!
+//! A block waits in one life (generation): given back and taken again behind our back, it is its new owner's.
+
+use std::collections::BTreeMap;
 
 use crate::error::{Error, Result};
 use crate::ids::BlockId;
 use crate::namespace::{LAST_SERIAL, TenantSerial};
 use crate::pool::zeroed;
 
-/// On the list.
-const WAITING: u32 = 1 << 31;
-
 /// The tenants of a pool's blocks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Zeroing {
-    /// Per block: the tenant that had it last (0: none), and whether it waits to be zeroed. `LAST_SERIAL` is equal to
-    /// no tenant, itself included.
-    tags: Vec<u32>,
-    /// Blocks that wait, and some that did: those are told by their tags.
-    list: Vec<BlockId>,
-    waiting: usize,
+    /// Per block: the tenant that had it last (0: none). `LAST_SERIAL` is equal to no tenant, itself included.
+    tags: Vec<TenantSerial>,
+    /// The blocks that wait, and the life of each in which it does.
+    waiting: BTreeMap<BlockId, u32>,
 }
 
 impl Zeroing {
     pub(crate) fn new(num_blocks: usize) -> Result<Self> {
         Ok(Self {
             tags: zeroed!(u32, num_blocks)?,
-            list: Vec::new(),
-            waiting: 0,
+            waiting: BTreeMap::new(),
         })
     }
 
     /// Blocks that wait.
     pub(crate) fn len(&self) -> usize {
-        self.waiting
+        self.waiting.len()
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.waiting == 0
+        self.waiting.is_empty()
     }
 
-    /// The block comes to a tenant. Amortised O(1).
-    pub(crate) fn assign(&mut self, block: BlockId, tenant: TenantSerial) {
-        let tag = &mut self.tags[block.index()];
-        if *tag == 0 || *tag == tenant && tenant != LAST_SERIAL {
-            *tag = tenant;
-            return;
-        }
-        if *tag & WAITING == 0 {
-            self.waiting += 1;
-            self.list.push(block);
-        }
-        *tag = tenant | WAITING;
-        if self.list.len() > 2 * self.waiting + 64 {
-            let mut kept = Vec::new();
-            self.take(&mut kept);
-            for block in &kept {
-                self.tags[block.index()] |= WAITING;
-            }
-            self.waiting = kept.len();
-            self.list = kept;
+    /// The block begins a life with a tenant. O(1) where the tenant is the last one's, else O(log waiting).
+    pub(crate) fn assign(&mut self, block: BlockId, generation: u32, tenant: TenantSerial) {
+        let last = std::mem::replace(&mut self.tags[block.index()], tenant);
+        let another = last != 0 && (last != tenant || tenant == LAST_SERIAL);
+        // One that waits still holds what a tenant before the last one wrote.
+        if another || self.waiting.contains_key(&block) {
+            self.waiting.insert(block, generation);
         }
     }
 
     /// Nobody has the block any more: if it waits, its next owner's turn decides.
     pub(crate) fn give_up(&mut self, block: BlockId) {
-        let tag = &mut self.tags[block.index()];
-        if *tag & WAITING != 0 {
+        if self.waiting.remove(&block).is_some() {
             // What it holds is an earlier tenant's.
-            *tag = LAST_SERIAL;
-            self.waiting -= 1;
+            self.tags[block.index()] = LAST_SERIAL;
         }
     }
 
-    /// Appends the blocks that wait to `out`, each once, and forgets them.
-    pub(crate) fn take(&mut self, out: &mut Vec<BlockId>) {
-        for block in self.list.drain(..) {
-            let tag = &mut self.tags[block.index()];
-            if *tag & WAITING != 0 {
-                *tag &= !WAITING;
-                out.push(block);
+    /// Appends the blocks that wait to `out`, in order, and forgets them; but those of lives that are over, as `lives`
+    /// says, are left to their next owners.
+    pub(crate) fn take(&mut self, lives: impl Fn(BlockId, u32) -> bool, out: &mut Vec<(BlockId, u32)>) {
+        while let Some((block, generation)) = self.waiting.pop_first() {
+            if lives(block, generation) {
+                out.push((block, generation));
+            } else {
+                self.tags[block.index()] = LAST_SERIAL;
             }
         }
-        self.waiting = 0;
     }
 
-    /// O(blocks).
-    pub(crate) fn check(&self) -> Result<()> {
-        let waiting = self.tags.iter().filter(|&&tag| tag & WAITING != 0).count();
-        let listed = self
-            .tags
-            .iter()
-            .enumerate()
-            .filter(|&(block, &tag)| tag & WAITING != 0 && !self.list.iter().any(|listed| listed.index() == block));
-        if waiting != self.waiting {
-            return Err(Error::corruption(
-                "R6",
-                "the number of blocks to zero",
-                0,
-                self.waiting,
-                waiting,
-            ));
+    /// A block that was taken was not zeroed: it waits again, or its next owner's turn decides if it lives no more.
+    pub(crate) fn put_back(&mut self, block: BlockId, generation: u32, lives: bool) {
+        if lives {
+            self.waiting.insert(block, generation);
+        } else if !self.waiting.contains_key(&block) {
+            self.tags[block.index()] = LAST_SERIAL;
         }
-        if let Some((block, _)) = listed.into_iter().next() {
-            return Err(Error::corruption(
+    }
+
+    /// O(waiting).
+    pub(crate) fn check(&self) -> Result<()> {
+        match self.waiting.keys().find(|block| self.tags[block.index()] == 0) {
+            Some(block) => Err(Error::corruption(
                 "R6",
-                "a block's place among those to zero",
-                block,
+                "the last tenant of a block to zero",
+                block.0,
                 0,
                 1,
-            ));
+            )),
+            None => Ok(()),
         }
-        Ok(())
     }
 }
 
@@ -123,46 +100,67 @@ mod tests {
     fn take(zeroing: &mut Zeroing) -> Vec<u32> {
         zeroing.check().unwrap();
         let mut out = Vec::new();
-        zeroing.take(&mut out);
-        out.into_iter().map(|block| block.0).collect()
+        zeroing.take(|_, _| true, &mut out);
+        out.into_iter().map(|(block, _)| block.0).collect()
     }
 
     #[test]
     fn only_a_change_of_tenant_counts() {
         let mut zeroing = Zeroing::new(8).unwrap();
-        zeroing.assign(BlockId(3), 1);
-        zeroing.assign(BlockId(3), 1);
+        zeroing.assign(BlockId(3), 1, 1);
+        zeroing.assign(BlockId(3), 2, 1);
         assert_eq!(take(&mut zeroing), []);
-        zeroing.assign(BlockId(3), 2);
+        zeroing.assign(BlockId(3), 3, 2);
         assert_eq!(take(&mut zeroing), [3]);
         assert_eq!(take(&mut zeroing), []);
-        zeroing.assign(BlockId(3), LAST_SERIAL);
+        zeroing.assign(BlockId(3), 4, LAST_SERIAL);
         assert_eq!(take(&mut zeroing), [3]);
-        zeroing.assign(BlockId(3), LAST_SERIAL);
+        zeroing.assign(BlockId(3), 5, LAST_SERIAL);
         assert_eq!(take(&mut zeroing), [3]);
     }
 
     #[test]
     fn a_block_given_up_unzeroed_is_zeroed_for_its_next_owner() {
         let mut zeroing = Zeroing::new(8).unwrap();
-        zeroing.assign(BlockId(3), 1);
-        zeroing.assign(BlockId(3), 2);
+        zeroing.assign(BlockId(3), 1, 1);
+        zeroing.assign(BlockId(3), 2, 2);
         zeroing.give_up(BlockId(3));
         assert_eq!(take(&mut zeroing), []);
-        zeroing.assign(BlockId(3), 2);
+        zeroing.assign(BlockId(3), 3, 2);
         assert_eq!(take(&mut zeroing), [3]);
     }
 
     #[test]
-    fn the_list_stays_short_if_nobody_takes_it() {
+    fn a_life_that_is_over_is_not_zeroed_but_the_next_one_is() {
         let mut zeroing = Zeroing::new(8).unwrap();
-        zeroing.assign(BlockId(5), 1);
-        for tenant in 2..1000 {
-            zeroing.assign(BlockId(3), tenant);
-            zeroing.give_up(BlockId(3));
-            zeroing.assign(BlockId(5), tenant);
-            assert!(zeroing.list.len() < 80);
+        zeroing.assign(BlockId(3), 1, 1);
+        zeroing.assign(BlockId(3), 2, 2);
+        let mut out = Vec::new();
+        zeroing.take(|_, generation| generation != 2, &mut out);
+        assert_eq!(out, []);
+        zeroing.assign(BlockId(3), 4, 2);
+        assert_eq!(take(&mut zeroing), [3]);
+    }
+
+    #[test]
+    fn what_was_not_zeroed_waits_again_once() {
+        let mut zeroing = Zeroing::new(8).unwrap();
+        for (block, tenant) in [(3, 1), (5, 1), (3, 2), (5, 2)] {
+            zeroing.assign(BlockId(block), 1, tenant);
         }
-        assert_eq!(take(&mut zeroing), [5]);
+        for _ in 0..3 {
+            let mut out = Vec::new();
+            zeroing.take(|_, _| true, &mut out);
+            assert_eq!(out, [(BlockId(3), 1), (BlockId(5), 1)]);
+            for (block, generation) in out {
+                zeroing.put_back(block, generation, true);
+            }
+        }
+        zeroing.put_back(BlockId(3), 1, true);
+        assert_eq!(take(&mut zeroing), [3, 5]);
+        zeroing.put_back(BlockId(3), 1, false);
+        assert_eq!(take(&mut zeroing), []);
+        zeroing.assign(BlockId(3), 2, 2);
+        assert_eq!(take(&mut zeroing), [3]);
     }
 }

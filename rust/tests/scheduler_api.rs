@@ -1,54 +1,12 @@
 //! The scheduler's calls one by one: what each plan says, and what each refusal says and leaves alone.
 
 mod sim;
+#[path = "sim/small.rs"]
+mod small;
 
-use pagedcore::{EndReason, Error, Explanation, Phase, Reason, RequestParams, Scheduler, SchedulerConfig, StepProblem};
-use sim::{Server, alone};
-
-const VOCAB: u32 = 50;
-
-fn config() -> SchedulerConfig {
-    SchedulerConfig {
-        block_size: 4,
-        max_num_seqs: 4,
-        max_num_batched_tokens: 16,
-        max_model_len: 32,
-        vocab_size: Some(VOCAB as usize),
-        ..SchedulerConfig::new(33)
-    }
-}
-
-fn scheduler(config: &SchedulerConfig) -> (Scheduler, Server) {
-    let server = Server::new(config.num_blocks, config.block_size, config.max_num_seqs, VOCAB);
-    (Scheduler::new(config.clone()).unwrap(), server)
-}
-
-fn prompt(len: u32) -> Vec<u32> {
-    (1..=len).collect()
-}
-
-fn n(n: usize, max_tokens: usize) -> RequestParams {
-    RequestParams {
-        n,
-        ..RequestParams::new(max_tokens)
-    }
-}
-
-/// One step, with every invariant checked.
-fn step(scheduler: &mut Scheduler, server: &mut Server) -> Vec<(String, usize, String)> {
-    let planned = scheduler.schedule().unwrap().expect("a step");
-    let number = planned.plan().step();
-    let sampled = server.run(&planned, |_| 0);
-    scheduler.check().unwrap();
-    let result = scheduler.update(number, &sampled, None, None).unwrap();
-    let finished = result
-        .finished
-        .iter()
-        .map(|f| (f.request_id.to_string(), f.index, f.reason.to_string()))
-        .collect();
-    scheduler.check().unwrap();
-    finished
-}
+use pagedcore::{Error, Explanation, Phase, Reason, RequestParams, Scheduler, SchedulerConfig};
+use sim::alone;
+use small::{VOCAB, config, n, prompt, scheduler, step};
 
 fn explain(scheduler: &Scheduler, id: &str) -> String {
     scheduler.explain(id).unwrap().to_string()
@@ -256,6 +214,30 @@ fn every_waiting_request_has_a_reason() {
 }
 
 #[test]
+fn a_group_whose_lead_was_finished_waits_as_one_that_has_run() {
+    let (mut scheduler, mut server) = scheduler(&SchedulerConfig {
+        max_num_batched_tokens: 4,
+        ..config()
+    });
+    scheduler.add_request("a", &prompt(11), n(3, 3)).unwrap();
+    step(&mut scheduler, &mut server);
+    scheduler.finish("a", &"enough".into(), Some(0)).unwrap();
+    assert_eq!(explain(&scheduler, "a"), "preempted: next step");
+    step(&mut scheduler, &mut server);
+    // What its last chunk leaves of the budget goes to a more urgent request, which takes all of the next step.
+    let urgent = RequestParams {
+        priority: -1,
+        ..RequestParams::new(1)
+    };
+    scheduler.add_request("b", &prompt(30), urgent).unwrap();
+    let number = scheduler.schedule().unwrap().unwrap().plan().step();
+    scheduler.cancel(number).unwrap();
+    // The siblings have rows by now, but have not forked: they say nothing of the group.
+    step(&mut scheduler, &mut server);
+    assert_eq!(explain(&scheduler, "a"), "running: token budget");
+}
+
+#[test]
 fn a_preempted_request_comes_back_through_the_prefix_cache() {
     let config = SchedulerConfig {
         num_blocks: 11,
@@ -311,176 +293,6 @@ fn nobody_is_admitted_in_a_step_that_preempts() {
     }
     assert_eq!(scheduler.stats().preemptions, 1);
     assert!(!scheduler.has_unfinished());
-}
-
-#[test]
-fn a_cancelled_step_is_planned_again() {
-    let (mut scheduler, mut server) = scheduler(&config());
-    scheduler.add_request("a", &prompt(6), n(3, 3)).unwrap();
-    step(&mut scheduler, &mut server);
-    // The next step has copies, table updates and rows to tell.
-    let read = |scheduler: &mut Scheduler| {
-        let planned = scheduler.schedule().unwrap().unwrap();
-        let plan = planned.plan();
-        let updates = plan.table_updates().to_vec();
-        (
-            plan.step(),
-            plan.input_ids().to_vec(),
-            plan.slot_mapping().to_vec(),
-            plan.block_copies().to_vec(),
-            updates,
-        )
-    };
-    let first = read(&mut scheduler);
-    assert_eq!(first.3.len(), 4);
-    assert!(scheduler.schedule().unwrap().is_none(), "one step is in flight");
-    scheduler.cancel(first.0).unwrap();
-    scheduler.check().unwrap();
-    let second = read(&mut scheduler);
-    assert_eq!(second.0, first.0 + 1);
-    assert_eq!(
-        (&second.1, &second.2, &second.3, &second.4),
-        (&first.1, &first.2, &first.3, &first.4)
-    );
-    scheduler.cancel(second.0).unwrap();
-    while scheduler.has_unfinished() {
-        step(&mut scheduler, &mut server);
-    }
-    assert_eq!(scheduler.stats().cancelled_steps, 2);
-}
-
-#[test]
-fn a_wrong_update_changes_nothing() {
-    let (mut scheduler, mut server) = scheduler(&config());
-    let none = Error::Step {
-        step: 1,
-        expected: 0,
-        problem: StepProblem::NotBegun,
-    };
-    assert_eq!(scheduler.update(1, &[], None, None).unwrap_err(), none);
-    assert_eq!(scheduler.cancel(1).unwrap_err(), none);
-    scheduler.add_request("a", &prompt(3), RequestParams::new(4)).unwrap();
-    scheduler.add_request("b", &prompt(4), RequestParams::new(4)).unwrap();
-    let planned = scheduler.schedule().unwrap().unwrap();
-    let (number, sampled) = (planned.plan().step(), server.run(&planned, |_| 0));
-    let mut refused = |step, sampled: &[i32], counts: Option<&[i32]>, failed: Option<&[bool]>| {
-        let before = scheduler.stats();
-        let error = scheduler.update(step, sampled, counts, failed).unwrap_err();
-        assert_eq!(scheduler.stats(), before);
-        scheduler.check().unwrap();
-        error
-    };
-    let problem = |problem| Error::Step {
-        step: if problem == StepProblem::NotBegun {
-            number + 1
-        } else {
-            number - 1
-        },
-        expected: number,
-        problem,
-    };
-    assert_eq!(
-        refused(number + 1, &sampled, None, None),
-        problem(StepProblem::NotBegun)
-    );
-    assert_eq!(
-        refused(number - 1, &sampled, None, None),
-        problem(StepProblem::AlreadyComplete)
-    );
-    let names = [
-        refused(number, &sampled[..1], None, None),
-        refused(number, &sampled, Some(&[1]), None),
-        refused(number, &sampled, Some(&[1, 0]), None),
-        refused(number, &sampled, Some(&[1, 2]), None),
-        refused(number, &sampled, None, Some(&[false; 3])),
-    ]
-    .map(|error| match error {
-        Error::InvalidArgument { argument, .. } => argument,
-        other => panic!("{other:?}"),
-    });
-    assert_eq!(
-        names,
-        [
-            "sampled_token_ids",
-            "num_sampled",
-            "num_sampled",
-            "num_sampled",
-            "failed"
-        ]
-    );
-    for token in [-1, 50, i32::MIN, i32::MAX] {
-        let error = refused(number, &[3, token], None, None);
-        assert_eq!(
-            error,
-            Error::TokenOutOfRange {
-                token: token.into(),
-                position: 1,
-                vocab_size: VOCAB.into()
-            }
-        );
-    }
-    // A bad sample of a row that failed is nobody's.
-    let result = scheduler
-        .update(number, &[3, -1], Some(&[1, 1]), Some(&[false, true]))
-        .unwrap();
-    let finished: Vec<_> = result
-        .finished
-        .iter()
-        .map(|f| (&*f.request_id, f.reason.as_str()))
-        .collect();
-    assert_eq!(finished, [("b", "error")]);
-    assert_eq!((&result.rows[..], &result.tokens[..]), (&[0][..], &[3][..]));
-    assert_eq!(scheduler.stats().failed, 1);
-}
-
-#[test]
-fn a_failed_step_publishes_nothing() {
-    let (mut scheduler, mut server) = scheduler(&config());
-    scheduler.add_request("a", &prompt(9), RequestParams::new(4)).unwrap();
-    let planned = scheduler.schedule().unwrap().unwrap();
-    let (number, sampled) = (planned.plan().step(), server.run(&planned, |_| 0));
-    scheduler.update(number, &sampled, None, Some(&[true])).unwrap();
-    assert_eq!(scheduler.manager().pool().num_cached(), 0);
-    scheduler.add_request("a", &prompt(9), RequestParams::new(1)).unwrap();
-    step(&mut scheduler, &mut server);
-    assert_eq!(scheduler.manager().pool().num_cached(), 2);
-}
-
-#[test]
-fn what_is_finished_while_a_step_runs_is_ignored_by_its_update() {
-    let (mut scheduler, mut server) = scheduler(&config());
-    scheduler.add_request("a", &prompt(5), n(3, 4)).unwrap();
-    scheduler.add_request("b", &prompt(3), RequestParams::new(1)).unwrap();
-    let planned = scheduler.schedule().unwrap().unwrap();
-    let (number, sampled) = (planned.plan().step(), server.run(&planned, |_| 0));
-    let enough = EndReason::from("enough");
-    let ended = scheduler.finish("a", &enough, Some(1)).unwrap();
-    assert_eq!((ended.len(), ended[0].index, &ended[0].reason), (1, 1, &enough));
-    assert_eq!(scheduler.finish("a", &enough, Some(1)).unwrap(), [], "it ended before");
-    let Err(Error::InvalidArgument {
-        argument: "index",
-        got: 3,
-        ..
-    }) = scheduler.finish("a", &enough, Some(3))
-    else {
-        panic!("an index beyond n");
-    };
-    let result = scheduler.update(number, &sampled, None, None).unwrap();
-    assert_eq!(
-        result.rows,
-        [0, 2, 3].map(|row| result.rows.iter().copied().find(|&r| r == row).unwrap())
-    );
-    assert_eq!(result.finished.len(), 1);
-    scheduler.check().unwrap();
-    // The lead ends while the others still wait for its prompt: they go on without it.
-    scheduler.add_request("c", &prompt(15), n(2, 2)).unwrap();
-    scheduler.abort("a").unwrap();
-    let planned = scheduler.schedule().unwrap().unwrap();
-    let (number, sampled) = (planned.plan().step(), server.run(&planned, |_| 0));
-    scheduler.finish("c", &enough, Some(0)).unwrap();
-    assert_eq!(scheduler.update(number, &sampled, None, None).unwrap().rows, []);
-    let finished = [step(&mut scheduler, &mut server), step(&mut scheduler, &mut server)].concat();
-    assert_eq!(finished, [("c".into(), 1, "length".into())]);
 }
 
 #[test]

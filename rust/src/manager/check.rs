@@ -25,8 +25,8 @@ impl KVCacheManager {
                 *owned.entry(block).or_default() += 1;
             }
         }
-        for &(src, _) in self.copies.pairs() {
-            *owned.entry(src).or_default() += 1;
+        for pair in self.copies.pairs() {
+            *owned.entry(pair.src).or_default() += 1;
         }
         // Others may hold references too (`BlockPool::retain`), so a count can be higher, but not lower.
         for (&block, &owned) in &owned {

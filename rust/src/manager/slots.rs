@@ -1,6 +1,7 @@
 //! Where the next tokens go, and what is known once they were computed.
 
 use super::{BlockId, BlockProblem, Error, Expected, KVCacheManager, Result, SeqHandle, Sequence};
+use crate::copies::Pair;
 use crate::prefix::CommitAt;
 
 /// What `allocate_slots` will do to a table.
@@ -56,7 +57,9 @@ impl KVCacheManager {
             return Err(error);
         }
         let tenant = self.cache.tenant(sequence.namespace);
-        fresh.iter().for_each(|&block| self.zeroing.assign(block, tenant));
+        for &block in &fresh {
+            self.zeroing.assign(block, self.pool.generation(block)?, tenant);
+        }
         // A copy into a block that its last holder gave back behind our back is not made.
         let orphans: Vec<_> = fresh.iter().filter_map(|&block| self.copies.cancel(block)).collect();
         // The first ones come right after the table's last block if those were free.
@@ -74,14 +77,20 @@ impl KVCacheManager {
             sequence.table[index] = new;
             first_changed = index;
             // Even a block without computed tokens is copied: steps in flight may be writing to it.
-            if let Some(src) = self.copies.source_of(old) {
+            let src = if let Some(src) = self.copies.source_of(old) {
                 self.pool.retain(&[src])?;
-                self.copies.add(src, new, self.pool.generation(new)?);
                 self.scratch.push(old);
+                src
             } else {
                 // The pair takes over the sequence's reference.
-                self.copies.add(old, new, self.pool.generation(new)?);
-            }
+                old
+            };
+            let generation = self.pool.generation(new)?;
+            self.copies.add(Pair {
+                src,
+                dst: new,
+                generation,
+            });
             self.copied += 1;
         }
         sequence.slots = sequence.slots.max(plan.end);
@@ -160,51 +169,6 @@ impl KVCacheManager {
         sequence.computed = num_computed_tokens;
         self.forget_dropped();
         Ok(first_changed)
-    }
-
-    /// Takes the pending copies, (src, dst) pairs of blocks: each dst is to become a copy of its src before anything
-    /// of the next step is written, and after the blocks of [`take_blocks_to_zero`](Self::take_blocks_to_zero) were
-    /// zeroed. The sources are held until the newest step begun is complete; with no step in flight, run the copies
-    /// before the next call. O(pairs).
-    ///
-    /// # Errors
-    /// [`Error::InvalidArgument`] for a group that does not exist.
-    pub fn take_block_copies(&mut self, group: usize) -> Result<Vec<(BlockId, BlockId)>> {
-        let mut pairs = Vec::new();
-        self.take_block_copies_into(group, &mut pairs)?;
-        Ok(pairs)
-    }
-
-    /// [`take_block_copies`](Self::take_block_copies), appending to `out`.
-    ///
-    /// # Errors
-    /// [`Error::InvalidArgument`] for a group that does not exist.
-    pub fn take_block_copies_into(&mut self, group: usize, out: &mut Vec<(BlockId, BlockId)>) -> Result<()> {
-        Self::check_group(group)?;
-        self.scratch.extend(self.copies.pairs().iter().map(|&(src, _)| src));
-        let released = self.pool.release(&self.scratch, None, &mut self.cache);
-        if released.is_ok() {
-            let pool = &self.pool;
-            let lives = |dst, generation| pool.used_refs(dst).is_ok() && pool.generation(dst) == Ok(generation);
-            self.copies.take(lives, out);
-        }
-        self.scratch.clear();
-        released
-    }
-
-    /// Takes the blocks that came from another tenant and have to be zeroed before the copies and writes of the next
-    /// step. O(blocks).
-    pub fn take_blocks_to_zero(&mut self) -> Vec<BlockId> {
-        let mut blocks = Vec::new();
-        self.take_blocks_to_zero_into(&mut blocks);
-        blocks
-    }
-
-    /// [`take_blocks_to_zero`](Self::take_blocks_to_zero), appending to `out`.
-    pub fn take_blocks_to_zero_into(&mut self, out: &mut Vec<BlockId>) {
-        let before = out.len();
-        self.zeroing.take(out);
-        self.zeroed += (out.len() - before) as u64;
     }
 
     /// Is `allocate_slots` possible but for the blocks, and what would it do?

@@ -1,6 +1,9 @@
 //! What a manager knows of its sequences, and their tables in the caller's arrays.
 
-use super::{BlockId, BlockPool, Error, Expected, KVCacheManager, ManagerStats, PrefixCache, Result, SeqHandle};
+use super::{
+    BlockId, BlockPool, ContentKeys, Error, Expected, KVCacheManager, ManagerStats, NamespaceKey, PrefixCache, Result,
+    SeqHandle, Vocabulary,
+};
 use crate::copies::Copies;
 
 impl KVCacheManager {
@@ -39,9 +42,9 @@ impl KVCacheManager {
         self.sequences.len()
     }
 
-    /// The copies that nobody has taken yet.
-    pub(crate) fn pending_copies(&self) -> &[(BlockId, BlockId)] {
-        self.copies.pairs()
+    /// The token ids it takes.
+    pub(crate) fn vocabulary(&self) -> Vocabulary {
+        self.vocabulary
     }
 
     /// Copies that nobody has taken yet.
@@ -56,20 +59,39 @@ impl KVCacheManager {
         self.zeroing.len()
     }
 
-    /// How many tokens [`resume`](Self::resume) would find cached. Leaves no trace. O(tokens found).
-    ///
-    /// # Errors
-    /// [`Error::StaleHandle`].
-    pub fn probe_resume(&self, seq: SeqHandle) -> Result<usize> {
+    /// The sequence is a request's from now on, until it is freed; its forks are not.
+    pub(crate) fn claim(&mut self, seq: SeqHandle) -> Result<()> {
+        self.sequences.get_mut(seq)?.owned = true;
+        Ok(())
+    }
+
+    /// Is the sequence a request's, and its scheduler's alone to change? O(1).
+    pub(crate) fn is_claimed(&self, seq: SeqHandle) -> bool {
+        self.sequences.get(seq).is_ok_and(|sequence| sequence.owned)
+    }
+
+    /// Of the blocks that [`add`](Self::add) would find cached, those that are held already: a sequence that
+    /// shares them leaves as many blocks to others as there were. Leaves no trace. O(that many).
+    pub(crate) fn held_prefix(&self, tokens: &[u32], key: &NamespaceKey, content: &ContentKeys) -> usize {
+        match self.cache.namespaces().find(key) {
+            Some(root) if self.caching => {
+                let (limit, size) = (tokens.len().saturating_sub(1) / self.block_size, self.block_size);
+                let slice = |index: usize| &tokens[index * size..][..size];
+                self.cache.held_run(root, limit, content, slice)
+            }
+            _ => 0,
+        }
+    }
+
+    /// As [`held_prefix`](Self::held_prefix), of what [`resume`](Self::resume) would find.
+    pub(crate) fn held_prefix_of(&self, seq: SeqHandle) -> Result<usize> {
         let sequence = self.sequences.get(seq)?;
         if !self.caching {
             return Ok(0);
         }
         let (limit, tokens) = ((sequence.tokens.len() - 1) / self.block_size, &sequence.tokens);
-        let run = self.cache.probe_run(sequence.namespace, limit, &sequence.content, |i| {
-            tokens.block(i, self.block_size)
-        });
-        Ok(run)
+        let slice = |index| tokens.block(index, self.block_size);
+        Ok(self.cache.held_run(sequence.namespace, limit, &sequence.content, slice))
     }
 
     /// A sequence's tokens.

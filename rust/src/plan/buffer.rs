@@ -166,14 +166,18 @@ impl PlanBuffer {
 
     /// Lays out a step, writes its header and lends its arrays. O(1) besides the writes of the caller.
     ///
-    /// # Panics
-    /// If a count exceeds the limits: the caller bounds them.
-    pub fn begin(&mut self, counts: &PlanCounts) -> PlanArrays<'_> {
+    /// # Errors
+    /// `Corruption` if a count exceeds the limits: the caller bounds them.
+    pub fn begin(&mut self, counts: &PlanCounts) -> Result<PlanArrays<'_>> {
         let (arrays, head_bytes) = place(counts.lens(), counts.width, self.row_stride, self.table_offset);
-        assert!(
-            head_bytes <= self.table_offset && counts.width <= self.row_stride,
-            "a step larger than its plan"
-        );
+        for (what, found, most) in [
+            ("bytes of a plan", head_bytes, self.table_offset),
+            ("blocks in a line of a plan", counts.width, self.row_stride),
+        ] {
+            if found > most {
+                return Err(Error::corruption("S7", what, counts.step, found, most));
+            }
+        }
         let header = Header {
             step: counts.step,
             num_seqs: counts.num_seqs,
@@ -218,7 +222,7 @@ impl PlanBuffer {
             row_stride: self.row_stride,
         };
         self.header = Some(header);
-        arrays
+        Ok(arrays)
     }
 
     /// The step that was written last.

@@ -27,7 +27,7 @@ fn write(buffer: &mut PlanBuffer) {
         block_copies: 1,
         blocks_to_zero: 1,
     };
-    let plan = buffer.begin(&counts);
+    let plan = buffer.begin(&counts).unwrap();
     plan.input_ids.copy_from_slice(&[10, 11, 12, 13, 14, 99]);
     plan.input_sources.fill(-1);
     plan.positions.copy_from_slice(&[0, 1, 2, 3, 4, 2]);
@@ -99,9 +99,9 @@ fn the_memory_stays_where_it_is() {
 }
 
 #[test]
-fn the_largest_step_fits() {
+fn the_largest_step_fits_and_no_larger_one() {
     let mut buffer = PlanBuffer::new(&LIMITS).unwrap();
-    let plan = buffer.begin(&PlanCounts {
+    let largest = PlanCounts {
         step: 1,
         num_seqs: 3,
         num_tokens: 20,
@@ -112,9 +112,19 @@ fn the_largest_step_fits() {
         table_updates: 12,
         block_copies: 6,
         blocks_to_zero: 9,
-    });
+    };
+    let plan = buffer.begin(&largest).unwrap();
     assert_eq!(plan.block_table.len(), 3 * plan.row_stride);
     assert_eq!((plan.table_updates.len(), plan.blocks_to_zero.len()), (36, 9));
+    for larger in [
+        PlanCounts { width: 17, ..largest },
+        PlanCounts {
+            blocks_to_zero: 26,
+            ..largest
+        },
+    ] {
+        assert!(matches!(buffer.begin(&larger), Err(Error::Corruption { .. })));
+    }
 }
 
 #[test]

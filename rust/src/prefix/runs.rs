@@ -73,6 +73,20 @@ impl PrefixCache {
         self.walk(namespace, limit, content, tokens).count() * self.block_size
     }
 
+    /// How many blocks at the front of the longest cached run cannot be evicted, as they or blocks after them are held:
+    /// a sequence that acquires the run takes away all others. O(that many).
+    pub(crate) fn held_run<'a>(
+        &self,
+        namespace: u32,
+        limit: usize,
+        content: &ContentKeys,
+        tokens: impl Fn(usize) -> &'a [u32],
+    ) -> usize {
+        // Whatever stands above a pinned node is pinned.
+        let run = self.walk(namespace, limit, content, tokens);
+        run.take_while(|&node| self.trie.is_pinned(node)).count()
+    }
+
     /// The nodes of the longest cached run from the root.
     fn walk<'a>(
         &self,

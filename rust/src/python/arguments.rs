@@ -64,12 +64,6 @@ pub fn count(obj: &Bound<'_, PyAny>, argument: &str, min: u32) -> PyResult<u32> 
     Ok(u32::try_from(value).unwrap_or(u32::MAX))
 }
 
-/// The number of token ids there are: 1 to 2^31.
-pub fn vocab_size(obj: &Bound<'_, PyAny>) -> PyResult<u32> {
-    let value = int(obj, "vocab_size", 1, 1 << 31)?;
-    Ok(u32::try_from(value).unwrap_or(1 << 31))
-}
-
 /// `None`, or what `read` makes of the object.
 pub fn optional<'py, T>(
     obj: Option<&Bound<'py, PyAny>>,

@@ -15,6 +15,7 @@ use pyo3::types::{PyList, PyRange, PyTuple};
 use super::arguments::{self, to_i64, type_name, with_cause};
 use super::errors::{self, Class};
 use super::numpy::{self, dtype_name};
+use crate::tokens::Vocabulary;
 
 /// Most ids that one call takes: 2^28, so that a `range` or a zero-stride view of absurd length is refused instead of
 /// exhausting the machine's memory. One call's prompt is far shorter.
@@ -23,13 +24,14 @@ pub const MAX_IDS: usize = 1 << 28;
 /// Ids between two looks at pending signals while a list is read (about 10 ms).
 const SIGNAL_PERIOD: usize = 1 << 20;
 
-/// Token ids, each in [0, `vocab_size`), or [0, 2^31) where no vocabulary was given. O(n).
+/// Token ids, each in the vocabulary. O(n).
 ///
 /// # Errors
 /// `TokenOutOfRangeError` with the first bad token and its position; `TypeError` for anything but integers;
 /// `InvalidArgumentError` for a wrong shape.
-pub fn token_ids(obj: &Bound<'_, PyAny>, argument: &str, vocab_size: Option<u32>) -> PyResult<Vec<u32>> {
-    let last = vocab_size.map_or(i32::MAX, |size| i32::try_from(size - 1).unwrap_or(i32::MAX));
+pub fn token_ids(obj: &Bound<'_, PyAny>, argument: &str, vocabulary: Vocabulary) -> PyResult<Vec<u32>> {
+    let vocab_size = (vocabulary != Vocabulary::ALL).then(|| vocabulary.size());
+    let last = i32::try_from(vocabulary.size() - 1).unwrap_or(i32::MAX);
     unsigned(integers(obj, argument, 0, last, &|token, position| {
         let py = token.py();
         let shown = errors::shown(token);
@@ -72,17 +74,27 @@ pub fn block_ids(obj: &Bound<'_, PyAny>, argument: &str, num_blocks: usize) -> P
     }))
 }
 
-/// int32 numbers of any sign, for the core to judge: samples of sequences that ended may be anything.
-pub fn int32s(obj: &Bound<'_, PyAny>, argument: &str) -> PyResult<Vec<i32>> {
+/// Sampled token ids: int32 numbers of any sign, for the core to judge, as those of sequences that ended may be anything.
+pub fn samples(obj: &Bound<'_, PyAny>, argument: &str) -> PyResult<Vec<i32>> {
+    int32s(obj, argument, Class::TokenOutOfRange, "token")
+}
+
+/// How many tokens each sample is, for the core to judge.
+pub fn counts(obj: &Bound<'_, PyAny>, argument: &str) -> PyResult<Vec<i32>> {
+    int32s(obj, argument, Class::InvalidArgument, "count")
+}
+
+/// int32 numbers of any sign. One that is wider is an error of `class`, which has it as its attribute `item`.
+fn int32s(obj: &Bound<'_, PyAny>, argument: &str, class: Class, item: &'static str) -> PyResult<Vec<i32>> {
     integers(obj, argument, i32::MIN, i32::MAX, &|value, position| {
         let message = format!(
             "{argument}[{position}] is {}, which is not an int32",
             errors::shown(value)
         );
-        errors::new(value.py(), Class::TokenOutOfRange, message)
+        errors::new(value.py(), class, message)
             .with("argument", argument)
             .with("got", value)
-            .with("token", value)
+            .with(item, value)
             .with("position", position)
             .into()
     })

@@ -86,8 +86,7 @@ impl Core {
         }
     }
 
-    /// The manager, to change a sequence of the caller's: a scheduler's own are out of bounds. O(1), under a scheduler
-    /// O(requests).
+    /// The manager, to change a sequence of the caller's: a scheduler's own are out of bounds. O(1).
     ///
     /// # Errors
     /// `Unsupported` for a sequence of a request; otherwise as `manager`.

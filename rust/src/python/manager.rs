@@ -17,6 +17,7 @@ use super::{arrays, numpy};
 use crate::error::Result;
 use crate::ids::SeqHandle;
 use crate::manager::{self, KVCacheManager as Manager, ManagerConfig};
+use crate::tokens::Vocabulary;
 
 /// Layers that share a block table.
 ///
@@ -74,17 +75,17 @@ pub struct KVCacheManager {
     num_blocks: usize,
     block_size: usize,
     caching: bool,
-    vocab_size: Option<u32>,
+    vocabulary: Vocabulary,
 }
 
 impl KVCacheManager {
-    pub fn view(core: &Handle, num_blocks: usize, block_size: usize, caching: bool, vocab_size: Option<u32>) -> Self {
+    pub fn view(core: &Handle, num_blocks: usize, block_size: usize, caching: bool, vocabulary: Vocabulary) -> Self {
         Self {
             core: Arc::clone(core),
             num_blocks,
             block_size,
             caching,
-            vocab_size,
+            vocabulary,
         }
     }
 
@@ -168,16 +169,17 @@ impl KVCacheManager {
             enable_prefix_caching.or(true, |b| arguments::flag(b, "enable_prefix_caching"))?;
         config.merge_blocks = merge_blocks.or(true, |b| arguments::flag(b, "merge_blocks"))?;
         config.groups = groups.or(config.groups, read_groups)?;
-        config.vocab_size = arguments::optional(vocab_size, |v| arguments::vocab_size(v))?;
+        config.vocab_size = arguments::optional(vocab_size, |v| arguments::size(v, "vocab_size"))?;
         let caching = config.enable_prefix_caching;
         let manager = py.detach(|| Manager::new(&config));
         let manager = manager.map_err(|e| errors::from_core(py, &e))?;
+        let vocabulary = manager.vocabulary();
         Ok(Self::view(
             &Shared::new(Core::Manager(Box::new(manager))),
             num_blocks,
             block_size,
             caching,
-            config.vocab_size,
+            vocabulary,
         ))
     }
 
@@ -191,7 +193,7 @@ impl KVCacheManager {
     #[getter]
     fn cache(&self) -> Option<PrefixCache> {
         self.caching
-            .then(|| PrefixCache::view(&self.core, self.num_blocks, self.block_size, self.vocab_size))
+            .then(|| PrefixCache::view(&self.core, self.num_blocks, self.block_size, self.vocabulary))
     }
 
     /// Tokens in a block.
@@ -226,7 +228,7 @@ impl KVCacheManager {
     ) -> PyResult<u64> {
         let key = namespace_key(&tenant, &cache_salt, &extra_keys)?;
         let content = read_content_keys(&content_keys)?;
-        let tokens = arrays::token_ids(token_ids, "token_ids", self.vocab_size)?;
+        let tokens = arrays::token_ids(token_ids, "token_ids", self.vocabulary)?;
         let seq = self.sized(token_ids.py(), tokens.len(), |m| m.add(&tokens, key, content))?;
         Ok(seq.0)
     }
@@ -267,7 +269,7 @@ impl KVCacheManager {
     ///     TokenOutOfRangeError: a token outside the vocabulary. Nothing has changed.
     fn append(&self, seq: &Bound<'_, PyAny>, token_ids: &Bound<'_, PyAny>) -> PyResult<()> {
         let handle = sequence(seq)?;
-        let tokens = arrays::token_ids(token_ids, "token_ids", self.vocab_size)?;
+        let tokens = arrays::token_ids(token_ids, "token_ids", self.vocabulary)?;
         self.change_sized(seq.py(), handle, tokens.len(), |m| m.append(handle, &tokens))
     }
 

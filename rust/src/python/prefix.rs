@@ -16,6 +16,7 @@ use crate::content::{ContentKey, ContentKeys};
 use crate::ids::{BlockId, NamespaceHandle, NodeHandle};
 use crate::namespace::{ExtraKey, NamespaceKey};
 use crate::prefix::CacheStats;
+use crate::tokens::Vocabulary;
 
 /// Which blocks hold which tokens: a trie of full, computed blocks of a pool.
 ///
@@ -35,8 +36,7 @@ pub struct PrefixCache {
     core: Handle,
     num_blocks: usize,
     block_size: usize,
-    /// Token ids are below this, if it was given where the core was made.
-    vocab_size: Option<u32>,
+    vocabulary: Vocabulary,
 }
 
 /// The longest cached prefix of some tokens. The caller holds one reference to each of its blocks.
@@ -92,12 +92,12 @@ fn shown_handle(handle: Option<u64>) -> String {
 }
 
 impl PrefixCache {
-    pub fn view(core: &Handle, num_blocks: usize, block_size: usize, vocab_size: Option<u32>) -> Self {
+    pub fn view(core: &Handle, num_blocks: usize, block_size: usize, vocabulary: Vocabulary) -> Self {
         Self {
             core: Arc::clone(core),
             num_blocks,
             block_size,
-            vocab_size,
+            vocabulary,
         }
     }
 }
@@ -117,7 +117,12 @@ impl PrefixCache {
                 .hint("a manager's cache is mgr.cache; one made by PrefixCache(pool) lives as long as the pool")
                 .into());
         }
-        Ok(Self::view(&owner.core, owner.num_blocks, owner.block_size, None))
+        Ok(Self::view(
+            &owner.core,
+            owner.num_blocks,
+            owner.block_size,
+            Vocabulary::ALL,
+        ))
     }
 
     /// The pool whose blocks are cached.
@@ -197,7 +202,7 @@ impl PrefixCache {
         let ns = namespace_handle(ns)?;
         let max_tokens = arguments::optional(max_tokens, |n| arguments::size(n, "max_tokens"))?;
         let content = read_content_keys(&content_keys)?;
-        let tokens = arrays::token_ids(token_ids, "token_ids", self.vocab_size)?;
+        let tokens = arrays::token_ids(token_ids, "token_ids", self.vocabulary)?;
         self.core.call_sized(py, tokens.len(), |core| {
             core.cache()?.0.probe(&tokens, ns, max_tokens, &content)
         })
@@ -227,7 +232,7 @@ impl PrefixCache {
         let ns = namespace_handle(ns)?;
         let max_tokens = arguments::optional(max_tokens, |n| arguments::size(n, "max_tokens"))?;
         let content = read_content_keys(&content_keys)?;
-        let tokens = arrays::token_ids(token_ids, "token_ids", self.vocab_size)?;
+        let tokens = arrays::token_ids(token_ids, "token_ids", self.vocabulary)?;
         let hit = self.core.call_sized(py, tokens.len(), |core| {
             let (cache, pool) = core.cache()?;
             cache.acquire(pool, &tokens, ns, max_tokens, &content)
@@ -272,7 +277,7 @@ impl PrefixCache {
         let parent = arguments::optional(parent, |p| arguments::handle(p, "parent", "node").map(NodeHandle))?;
         let after_step = arguments::optional(after_step, |s| arguments::step(s, "after_step"))?;
         let content = read_content_keys(&content_keys)?;
-        let tokens = arrays::token_ids(token_ids, "token_ids", self.vocab_size)?;
+        let tokens = arrays::token_ids(token_ids, "token_ids", self.vocabulary)?;
         let blocks = arrays::block_ids(blocks, "blocks", self.num_blocks)?;
         let blocks: Vec<_> = blocks.into_iter().map(BlockId).collect();
         let commit = self.core.call_sized(py, tokens.len(), |core| {

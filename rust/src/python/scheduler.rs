@@ -17,6 +17,7 @@ use super::shared::{Handle, Shared};
 use super::{arrays, numpy};
 use crate::request::{EndReason, RequestParams};
 use crate::scheduler::{self, Finished, Reason};
+use crate::tokens::Vocabulary;
 
 /// Continuous batching over a `KVCacheManager`: first come first served, chunked prefill mixed with decode.
 ///
@@ -35,7 +36,7 @@ use crate::scheduler::{self, Finished, Reason};
 pub struct Scheduler {
     core: Handle,
     config: SchedulerConfig,
-    vocab_size: Option<u32>,
+    vocabulary: Vocabulary,
     ring: Arc<Ring>,
 }
 
@@ -96,12 +97,12 @@ impl Scheduler {
                 core
             }
         };
-        let vocab_size = config.0.vocab_size.and_then(|size| u32::try_from(size).ok());
+        let vocabulary = Vocabulary::new(config.0.vocab_size).map_err(|error| errors::from_core(py, &error))?;
         let ring = Arc::new(Ring::new(py, &core)?);
         Ok(Self {
             core,
             config: config.clone(),
-            vocab_size,
+            vocabulary,
             ring,
         })
     }
@@ -121,7 +122,7 @@ impl Scheduler {
             c.num_blocks,
             c.block_size,
             c.enable_prefix_caching,
-            self.vocab_size,
+            self.vocabulary,
         )
     }
 
@@ -172,14 +173,14 @@ impl Scheduler {
         let id = arguments::text(request_id, "request_id")?;
         let mut params = RequestParams::new(arguments::size(max_tokens, "max_tokens")?);
         params.stop_token_ids = stop_token_ids.or(Vec::new(), |ids| {
-            arrays::token_ids(ids, "stop_token_ids", self.vocab_size)
+            arrays::token_ids(ids, "stop_token_ids", self.vocabulary)
         })?;
         params.n = n.or(1, |n| arguments::size(n, "n"))?;
         params.priority = priority.or(0, |p| arguments::int(p, "priority", i64::MIN, i64::MAX))?;
         params.namespace = namespace_key(&tenant, &cache_salt, &extra_keys)?;
         params.content_keys = read_content_keys(&content_keys)?;
         params.pipelined = pipelined.or(true, |p| arguments::flag(p, "pipelined"))?;
-        let prompt = arrays::token_ids(prompt_token_ids, "prompt_token_ids", self.vocab_size)?;
+        let prompt = arrays::token_ids(prompt_token_ids, "prompt_token_ids", self.vocabulary)?;
         self.core.call_sized(request_id.py(), prompt.len(), |core| {
             core.scheduler()?.add_request(&id, &prompt, params)
         })
@@ -225,8 +226,8 @@ impl Scheduler {
     ) -> PyResult<StepResult> {
         let py = step.py();
         let step = arguments::step(step, "step")?;
-        let sampled = arrays::int32s(sampled_token_ids, "sampled_token_ids")?;
-        let counts = arguments::optional(num_sampled, |ids| arrays::int32s(ids, "num_sampled"))?;
+        let sampled = arrays::samples(sampled_token_ids, "sampled_token_ids")?;
+        let counts = arguments::optional(num_sampled, |ids| arrays::counts(ids, "num_sampled"))?;
         let failed = arguments::optional(failed, |flags| arrays::flags(flags, "failed"))?;
         let result = self.call(py, |scheduler| {
             scheduler

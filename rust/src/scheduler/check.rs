@@ -265,9 +265,8 @@ impl Scheduler {
         let rows = self.rows.num_assigned();
         ensure(rows == 0, "L1", "rows of an idle scheduler", 0, rows, 0)?;
         let used = self.manager.pool().num_used();
-        let held = self.in_flight.copies.len();
-        // Sequences of other owners, and sources of copies, may be held.
-        let ours = self.manager.num_sequences() == 0 && held == 0;
+        // Sequences of other owners, and sources of the step's copies, may be held.
+        let ours = self.manager.num_sequences() == 0 && self.in_flight.copies.is_empty();
         ensure(!ours || used == 0, "L1", "used blocks of an idle scheduler", 0, used, 0)
     }
 }

@@ -3,6 +3,7 @@
 use crate::error::{Error, Expected, Result};
 use crate::manager::ManagerConfig;
 use crate::plan::PlanLimits;
+use crate::tokens::Vocabulary;
 
 /// Sizes and limits of a [`Scheduler`](super::Scheduler). `SchedulerConfig::new(num_blocks)` fills in the rest.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,7 +60,6 @@ impl SchedulerConfig {
             ("max_num_batched_tokens", self.max_num_batched_tokens, 1, MAX_INT32),
             // A prompt of one token and one to generate.
             ("max_model_len", self.max_model_len, 2, MAX_INT32),
-            ("vocab_size", self.vocab_size.unwrap_or(1), 1, MAX_INT32),
             ("max_steps_in_flight", self.max_steps_in_flight, 1, MAX_INT32),
         ];
         for (argument, value, low, high) in ranges {
@@ -67,6 +67,7 @@ impl SchedulerConfig {
                 return Err(Error::argument(argument, value, Expected::Between(low, high)));
             }
         }
+        self.vocabulary()?;
         if self.max_steps_in_flight > 1 {
             return Err(Error::Unsupported {
                 argument: "max_steps_in_flight",
@@ -75,6 +76,10 @@ impl SchedulerConfig {
             });
         }
         Ok(())
+    }
+
+    pub(super) fn vocabulary(&self) -> Result<Vocabulary> {
+        Vocabulary::new(self.vocab_size)
     }
 
     /// Blocks that requests can have: all but the null block.
@@ -96,7 +101,7 @@ impl SchedulerConfig {
     pub(crate) fn manager_config(&self) -> ManagerConfig {
         ManagerConfig {
             enable_prefix_caching: self.enable_prefix_caching,
-            vocab_size: self.vocab_size.and_then(|size| u32::try_from(size).ok()),
+            vocab_size: self.vocab_size,
             ..ManagerConfig::new(self.num_blocks, self.block_size)
         }
     }
@@ -104,8 +109,7 @@ impl SchedulerConfig {
     /// The size of a plan. Expects a valid configuration.
     pub(crate) fn plan_limits(&self) -> PlanLimits {
         let width = self.max_blocks_per_seq();
-        // Each sequence begins at most one block it does not fill, and copies at most one; a cancelled step's
-        // zeroing and copies are repeated by the next one.
+        // Each sequence begins at most one block it does not fill, and copies at most one.
         let blocks_written = self.max_num_batched_tokens / self.block_size + 2 * self.max_num_seqs;
         PlanLimits {
             max_num_seqs: self.max_num_seqs,
@@ -114,8 +118,9 @@ impl SchedulerConfig {
             // Room for some newcomers that bring a whole table each; a sequence whose changes do not fit waits for
             // the next step (`decide`). One that brings a whole table always fits.
             max_table_updates: 4 * width + blocks_written,
-            max_block_copies: 2 * self.max_num_seqs,
-            max_blocks_to_zero: (2 * blocks_written).min(self.num_blocks),
+            // Sequences of other owners add theirs, as many as they like. But no block is copied to, or zeroed, twice.
+            max_block_copies: self.num_blocks,
+            max_blocks_to_zero: self.num_blocks,
             block_size: self.block_size,
         }
     }
@@ -138,7 +143,7 @@ mod tests {
             ("max_steps_in_flight", |c, v| c.max_steps_in_flight = v),
         ];
         for (name, set) in fields {
-            for value in [0, 1 << 31, usize::MAX] {
+            for value in [0, (1 << 31) + 1, usize::MAX] {
                 let mut config = SchedulerConfig::new(8);
                 set(&mut config, value);
                 match config.validate() {

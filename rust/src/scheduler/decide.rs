@@ -140,20 +140,23 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Blocks of a waiting request that are cached. Looked up again only now and then while it waits, since a long
-    /// prompt makes many lookups: what is cached of it changes little between steps.
-    fn probe(&mut self, request: u32) -> Result<u64> {
+    /// Blocks of a waiting request's prefix that others hold, so that sharing them costs nothing. Where those known are
+    /// less than `wanted` they are looked up again only now and then: a long prompt makes many lookups, and what is
+    /// held of it changes little between steps.
+    fn held_prefix(&mut self, request: u32, wanted: u64) -> Result<u64> {
         const TURNS: u64 = 16;
         let r = &self.requests[request];
-        let blocks = match r.probed {
-            Some((blocks, turn)) if self.turns < turn + TURNS => return Ok(blocks),
-            _ => match r.children[r.lead()].seq {
-                Some(seq) => self.manager.probe_resume(seq)?,
-                None => self.manager.probe(&r.prompt, &r.namespace, &r.content_keys),
-            },
-        };
-        let blocks = (blocks / self.config.block_size) as u64;
-        self.requests[request].probed = Some((blocks, self.turns));
+        if let Some((blocks, turn)) = r.held_prefix
+            && blocks < wanted
+            && self.turns < turn + TURNS
+        {
+            return Ok(blocks);
+        }
+        let blocks = match r.children[r.lead()].seq {
+            Some(seq) => self.manager.held_prefix_of(seq)?,
+            None => self.manager.held_prefix(&r.prompt, &r.namespace, &r.content_keys),
+        } as u64;
+        self.requests[request].held_prefix = Some((blocks, self.turns));
         Ok(blocks)
     }
 
@@ -181,8 +184,11 @@ impl Scheduler {
         Ok(true)
     }
 
-    /// Admits waiting requests in rank order until one cannot be, and remembers why.
+    /// Admits waiting requests in rank order until one cannot be, and remembers why. O(running) for the first and each
+    /// that was preempted more often than the one before, plus O(its prefix) for each.
     fn admit(&mut self, draft: &mut Draft) -> Result<()> {
+        // What those that run are still going to take, and the horizon that it was counted for.
+        let mut promised = None;
         while let Some((_, &request)) = self.waiting.first_key_value() {
             let live = self.requests[request].live as usize;
             let reason = if live > self.rows.available() {
@@ -193,7 +199,7 @@ impl Scheduler {
             } else if draft.tokens_left == 0 {
                 Some(Reason::TokenBudget)
             } else {
-                self.try_start(request)?
+                self.try_start(request, &mut promised)?
             };
             if let Some(reason) = reason {
                 self.blocked = Some((request, reason));
@@ -203,15 +209,13 @@ impl Scheduler {
             let row = self.rows.get(lead);
             self.stats.prefix_query_tokens += u64::from(row.num_tokens);
             self.stats.prefix_hit_tokens += u64::from(row.computed);
-            let place = self.rows.order.partition_point(|&row| {
-                let owner = self.rows.owner(row);
-                owner.rank < self.requests[request].rank
-            });
-            debug_assert_eq!(self.rows.order[place], lead);
             // Whoever is behind it in the line may have been served in this step already.
-            self.give(place, draft, false)?;
+            self.give(self.rows.position(lead), draft, false)?;
             if draft.short_of_blocks {
                 break;
+            }
+            if let Some((horizon, blocks)) = &mut promised {
+                *blocks += self.future_blocks(lead, *horizon);
             }
         }
         self.blocked = None;
@@ -219,41 +223,30 @@ impl Scheduler {
     }
 
     /// Takes a request's prefix hit and gives it a row, if its whole prompt fits beside what the running ones still
-    /// need; else says why not, and nothing has changed.
-    fn try_start(&mut self, request: u32) -> Result<Option<Reason>> {
-        let block_size = self.config.block_size as u64;
-        let horizon = policy::growth_horizon(self.requests[request].preemptions, block_size);
-        let alone = self.rows.order.is_empty();
-        let promised: u64 = if alone {
-            0
-        } else {
-            self.rows
-                .order
-                .iter()
-                .map(|&row| self.future_blocks(row, horizon))
-                .sum()
+    /// need (`promised`, with the horizon that it is for); else says why not, and leaves no trace.
+    fn try_start(&mut self, request: u32, promised: &mut Option<(u64, u64)>) -> Result<Option<Reason>> {
+        let horizon = policy::growth_horizon(self.requests[request].preemptions, self.config.block_size as u64);
+        let running = match *promised {
+            Some((counted, blocks)) if counted == horizon => blocks,
+            _ => {
+                let order = self.rows.order.iter();
+                order.map(|&row| self.future_blocks(row, horizon)).sum()
+            }
         };
+        *promised = Some((horizon, running));
         // Alone it needs no room to grow: what it grows into is its own cache, and it fits to its end (S3).
-        let own = self.starting_blocks(request, if alone { 0 } else { horizon });
-        let needed = promised + own;
+        let alone = self.rows.order.is_empty();
+        let needed = running + self.starting_blocks(request, if alone { 0 } else { horizon });
         let available = self.available_blocks();
-        let hit = if needed > available { self.probe(request)? } else { 0 };
-        if needed - hit > available {
-            return Ok(Some(Reason::Blocks {
-                needed: needed - hit,
-                available,
-            }));
-        }
-        let found = self.start(request)? / block_size;
-        // Blocks of the hit that nobody else holds were counted as available until now.
-        let taken = available - self.available_blocks();
-        let (needed, available) = (needed - found, available - taken);
+        // Cached blocks that nobody holds are no help: they are among those that can be had.
         if needed > available {
-            self.unstart(request)?;
-            // They help nothing: without them it is not tried again before there are more blocks.
-            self.requests[request].probed = Some((found - taken, self.turns));
-            return Ok(Some(Reason::Blocks { needed, available }));
+            let held = self.held_prefix(request, needed - available)?;
+            if needed.saturating_sub(held) > available {
+                let needed = needed.saturating_sub(held);
+                return Ok(Some(Reason::Blocks { needed, available }));
+            }
         }
+        self.start(request)?;
         Ok(None)
     }
 
@@ -302,5 +295,5 @@ impl Scheduler {
 
 /// Slots of a sequence of `num_tokens` after `horizon` more; the last token it can have needs none.
 fn grown(num_tokens: u32, horizon: u64, limit: u32) -> u64 {
-    u64::from(num_tokens).max((u64::from(num_tokens) + horizon).min(u64::from(limit) - 1))
+    u64::from(num_tokens).max(u64::from(num_tokens).saturating_add(horizon).min(u64::from(limit) - 1))
 }

@@ -33,7 +33,7 @@ pub enum Reason {
     },
     /// Too few blocks: those that the running requests are still going to need are counted as needed.
     Blocks {
-        /// Blocks needed, prefix hits deducted.
+        /// Blocks needed; those of its prefix that others hold are deducted.
         needed: u64,
         /// Blocks that are free or can be evicted.
         available: u64,
@@ -107,6 +107,7 @@ impl Scheduler {
                 .children
                 .iter()
                 .filter_map(|c| c.row)
+                .filter(|&row| self.rows.is_seated(row))
                 .map(|row| (self.rows.get(row).stall, self.rows.owner(row).short));
             let (stall, short) = stalls.next().unwrap_or_default();
             let others_served = stalls.any(|(stall, _)| stall == Stall::None);
@@ -125,7 +126,7 @@ impl Scheduler {
                 reason,
             });
         }
-        let phase = if request.preemptions > 0 {
+        let phase = if request.admissions > 0 {
             Phase::Preempted
         } else {
             Phase::Waiting

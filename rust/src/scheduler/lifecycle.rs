@@ -69,8 +69,8 @@ impl Scheduler {
                 unit: "tokens",
             });
         }
-        self.check_tokens(prompt)?;
-        self.check_tokens(&params.stop_token_ids)?;
+        self.vocabulary.check(prompt)?;
+        self.vocabulary.check(&params.stop_token_ids)?;
         let limit = prompt.len().saturating_add(params.max_tokens).min(config.max_model_len);
         let needed = policy::worst_case_blocks(
             prompt.len() as u64,
@@ -86,22 +86,6 @@ impl Scheduler {
             });
         }
         Ok(u32::try_from(limit).expect("max_model_len is int32"))
-    }
-
-    /// Token ids are int32 in a plan, and below the vocabulary's size if it is known.
-    pub(super) fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
-        let vocab_size = self.config.vocab_size.map_or(1 << 31, |size| size as u64);
-        let outside = |token: u32| u64::from(token) >= vocab_size;
-        // A pass that is done many at a time; where it is matters only if there is one.
-        if tokens.iter().max().is_none_or(|&largest| !outside(largest)) {
-            return Ok(());
-        }
-        let position = tokens.iter().position(|&token| outside(token)).unwrap_or_default();
-        Err(Error::TokenOutOfRange {
-            token: tokens[position].into(),
-            position,
-            vocab_size,
-        })
     }
 
     /// Ends a request, or the sequence `index` of it, for a reason of the caller's own ("stop" for a stop string, say).
@@ -131,8 +115,8 @@ impl Scheduler {
         self.finish(request_id, &EndReason::Abort, None)
     }
 
-    /// Gives the request's first unfinished sequence its prefix hit and a row. Returns the tokens of the hit.
-    pub(super) fn start(&mut self, request: u32) -> Result<u64> {
+    /// Gives the request's first unfinished sequence its prefix hit and a row.
+    pub(super) fn start(&mut self, request: u32) -> Result<()> {
         let r = &mut self.requests[request];
         let lead = r.lead();
         let seq = match r.children[lead].seq {
@@ -144,25 +128,21 @@ impl Scheduler {
                 .manager
                 .add(&r.prompt, r.namespace.clone(), r.content_keys.clone())?,
         };
+        self.manager.claim(seq)?;
         if r.live == 1 {
             // From here on the manager keeps the tokens.
             r.prompt = Vec::new();
         }
         r.children[lead].seq = Some(seq);
         r.running = true;
+        r.admissions = r.admissions.saturating_add(1);
         r.leading = r.live > 1;
         self.rows.reserved += r.live as usize - 1;
         self.waiting.remove(&r.rank);
         let row = self.take_row(request, lead);
         let hit = self.manager.num_computed_tokens(seq)?;
         self.rows.get_mut(row).leads = self.requests[request].leading;
-        self.seat(row, hit)?;
-        Ok(hit as u64)
-    }
-
-    /// Takes back `start`, as if the request had not been considered.
-    pub(super) fn unstart(&mut self, request: u32) -> Result<()> {
-        self.stop_running(request)
+        self.seat(row, hit)
     }
 
     /// Takes the blocks and the rows of a running request and puts it back into its place in the line.
@@ -191,6 +171,7 @@ impl Scheduler {
         }
         r.running = false;
         r.leading = false;
+        r.held_prefix = None;
         self.waiting.insert(r.rank, request);
         Ok(())
     }
@@ -283,10 +264,14 @@ impl Scheduler {
             if self.blocked.as_ref().is_some_and(|(blocked, _)| *blocked == request) {
                 self.blocked = None;
             }
-        } else if orphans {
-            self.stop_running(request)?;
+        } else {
+            // Another sequence leads, perhaps.
+            self.requests[request].held_prefix = None;
+            if orphans {
+                self.stop_running(request)?;
+            }
         }
-        self.drop_stale_copies()
+        Ok(())
     }
 }
 

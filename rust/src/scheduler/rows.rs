@@ -278,7 +278,7 @@ impl Rows {
     }
 
     /// Where the row stands in `order`, or would.
-    fn position(&self, row: u32) -> usize {
+    pub fn position(&self, row: u32) -> usize {
         let key = |row: u32| {
             let owner = self.owner(row);
             (owner.rank, owner.index)

@@ -79,6 +79,7 @@ impl Scheduler {
         let forked = self.manager.fork(lead_seq, 1)?;
         let seq = forked[0];
         r.children[index].seq = Some(seq);
+        self.manager.claim(seq)?;
         // The lead may be past the prompt.
         self.manager.truncate(seq, prompt_len, None)?;
         self.manager.append(seq, &output)?;

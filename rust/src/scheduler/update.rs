@@ -5,8 +5,9 @@ use std::sync::Arc;
 use super::Scheduler;
 use super::lifecycle::tell_tokens;
 use super::write::Started;
+use crate::copies::Pair;
 use crate::error::{Error, Expected, Result, StepProblem};
-use crate::ids::{BlockId, SeqHandle, Step};
+use crate::ids::{BlockId, Step};
 use crate::request::EndReason;
 
 /// One sequence of the plan in flight.
@@ -27,16 +28,6 @@ pub(super) struct Sample {
     pub token: usize,
 }
 
-/// A block copy of the plan in flight. The scheduler holds `src` until the step is updated, so that a cancelled copy
-/// can be done by a later step.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct HeldCopy {
-    pub src: BlockId,
-    pub dst: BlockId,
-    /// Whose table `dst` is in, and where; `None` if it is not of the scheduler's sequences.
-    pub owner: Option<(SeqHandle, usize)>,
-}
-
 /// The step that was scheduled last, until its update.
 #[derive(Debug)]
 pub(super) struct InFlight {
@@ -44,8 +35,10 @@ pub(super) struct InFlight {
     pub num_tokens: usize,
     pub entries: Vec<Entry>,
     pub samples: Vec<Sample>,
-    pub copies: Vec<HeldCopy>,
-    pub blocks_to_zero: Vec<BlockId>,
+    /// Block copies, whose sources are held until they were made.
+    pub copies: Vec<Pair>,
+    /// Blocks to zero, each with its generation.
+    pub blocks_to_zero: Vec<(BlockId, u32)>,
     pub started: Vec<Started>,
     pub preempted: Vec<Arc<str>>,
 }
@@ -143,23 +136,13 @@ impl Scheduler {
         if let Some(&n) = num_sampled.and_then(|counts| counts.iter().find(|&&n| n != 1)) {
             return Err(Error::argument("num_sampled", n, Expected::Exactly(1)));
         }
-        let vocab_size = self.config.vocab_size.map_or(1 << 31, |size| size as u64);
-        let in_vocabulary = |token: i32| u64::try_from(token).is_ok_and(|token| token < vocab_size);
-        // A pass that is done many at a time; which of them it is matters only if there is one.
-        let (low, high) = sampled
-            .iter()
-            .fold((0, 0), |(low, high), &token| (token.min(low), token.max(high)));
-        if in_vocabulary(low) && in_vocabulary(high) {
+        if self.vocabulary.check(sampled).is_ok() {
             return Ok(());
         }
         for (position, (&token, sample)) in sampled.iter().zip(due).enumerate() {
             let ignored = self.rows.get(sample.row).uid != sample.uid || failed.is_some_and(|failed| failed[position]);
-            if !ignored && !in_vocabulary(token) {
-                return Err(Error::TokenOutOfRange {
-                    token: token.into(),
-                    position,
-                    vocab_size,
-                });
+            if !ignored && !self.vocabulary.contains(token) {
+                return Err(self.vocabulary.refuse(token, position));
             }
         }
         Ok(())
@@ -205,7 +188,7 @@ impl Scheduler {
         self.stats.block_copies += self.in_flight.copies.len() as u64;
         self.stats.blocks_zeroed += self.in_flight.blocks_to_zero.len() as u64;
         self.in_flight.blocks_to_zero.clear();
-        self.release_copies()?;
+        self.manager.copies_were_made(&mut self.in_flight.copies)?;
         let mut result = std::mem::take(&mut self.result);
         result.finished.clear();
         result.rows.clear();
@@ -303,6 +286,9 @@ impl Scheduler {
     fn undo(&mut self, step: Step) -> Result<()> {
         self.complete_step(step)?;
         self.stats.cancelled_steps += 1;
+        let in_flight = &mut self.in_flight;
+        self.manager.put_back_copies(&mut in_flight.copies)?;
+        self.manager.put_back_lives_to_zero(&mut in_flight.blocks_to_zero);
         for i in 0..self.in_flight.entries.len() {
             let Entry { row, uid, changed } = self.in_flight.entries[i];
             let block_size = u32::try_from(self.config.block_size).expect("block_size is int32");
@@ -311,6 +297,6 @@ impl Scheduler {
             // At least from the block of the next token on, so that its slot is looked up again.
             row.changed = row.changed.min(changed).min(row.computed / block_size);
         }
-        self.drop_stale_copies()
+        Ok(())
     }
 }

@@ -84,13 +84,12 @@ impl Scheduler {
 
     /// Begins the step and writes what `decide` has given. O(tokens + table entries that changed).
     pub(super) fn write(&mut self, draft: Draft) -> Result<()> {
-        self.drop_stale_copies()?;
         // Only now: what was given back until here is read by no step.
         let step = self.manager.parts_mut().0.begin_step();
         self.in_flight.step = Some(step);
-        self.take_copies()?;
         let in_flight = &mut self.in_flight;
-        self.manager.take_blocks_to_zero_into(&mut in_flight.blocks_to_zero);
+        self.manager.take_held_copies(&mut in_flight.copies)?;
+        self.manager.take_lives_to_zero(&mut in_flight.blocks_to_zero);
         in_flight.entries.clear();
         in_flight.samples.clear();
         let rows = &mut self.rows;
@@ -111,7 +110,7 @@ impl Scheduler {
             blocks_to_zero: in_flight.blocks_to_zero.len(),
         };
         let mut writer = Writer {
-            plan: self.buffer.begin(&counts),
+            plan: self.buffer.begin(&counts)?,
             rows: &mut self.rows,
             manager: &self.manager,
             lines: &mut self.lines,
@@ -122,7 +121,6 @@ impl Scheduler {
         writer.rows(in_flight, &self.requests)?;
         writer.samples(in_flight);
         debug_assert_eq!(writer.updates, counts.table_updates * 3);
-        self.find_copy_owners();
         Ok(())
     }
 }
@@ -144,7 +142,7 @@ impl Writer<'_> {
         for (pair, copy) in self.plan.block_copies.chunks_exact_mut(2).zip(&in_flight.copies) {
             pair.copy_from_slice(&[int32(copy.src.0), int32(copy.dst.0)]);
         }
-        for (block, &zero) in self.plan.blocks_to_zero.iter_mut().zip(&in_flight.blocks_to_zero) {
+        for (block, &(zero, _)) in self.plan.blocks_to_zero.iter_mut().zip(&in_flight.blocks_to_zero) {
             *block = int32(zero.0);
         }
     }
