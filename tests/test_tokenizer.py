@@ -137,6 +137,27 @@ def test_chat(smollm2):
         tokenizer.encode_chat([{"role": "user", "content": "Hi"}])
 
 
+def test_a_hub_model_without_a_tokenizer(tmp_path, monkeypatch):
+    """It takes token ids. The hub is a cache on disk here."""
+    import huggingface_hub.constants
+    import transformers.utils.hub
+    from models import save_tiny_model
+    from pagedcore.models import load
+
+    repository = tmp_path / "models--someone--ids-only"
+    save_tiny_model("llama", repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    for module in (huggingface_hub.constants, transformers.utils.hub.constants):
+        monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path))
+    model = load("someone/ids-only")
+    assert model.tokenizer is None
+    assert model.stop_token_ids == (2,)
+    (repository / "snapshots" / ("0" * 40) / "tokenizer.json").write_text("{")
+    with pytest.raises(InvalidArgumentError, match="could not be read"):
+        Tokenizer.load("someone/ids-only")
+
+
 def test_none_and_broken(tmp_path):
     assert Tokenizer.load(str(tmp_path)) is None
     (tmp_path / "tokenizer.json").write_text("{")

@@ -72,33 +72,67 @@ def check(environ: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def available_memory() -> int:
-    """Bytes of host memory that can be taken now without swapping, within the limit of the control group if one is
-    set.
+    """Bytes of host memory that can be taken now without swapping, within the limits of the control groups this process
+    is in.
     """
     available = _proc_meminfo().get("MemAvailable")
     if available is None:  # not Linux: half of what is installed is the best guess that needs no dependency
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    limit = _read_int("/sys/fs/cgroup/memory.max")
-    used = _read_int("/sys/fs/cgroup/memory.current")
-    if limit is not None and used is not None:
-        # File pages count as used until somebody else needs them: a checkpoint just read would look like a full house.
-        available = min(available, max(0, limit - used + _reclaimable()))
-    return available
-
-
-def _reclaimable() -> int:
-    """Bytes of file pages that the control group gives up first."""
-    for line in _read_text("/sys/fs/cgroup/memory.stat").splitlines():
-        name, _, value = line.partition(" ")
-        if name == "inactive_file" and value.isdigit():
-            return int(value)
-    return 0
+    return min([available, *(group.room for group in control_groups())])
 
 
 def total_memory() -> int:
     """Bytes of host memory installed, or the limit of the control group if that is lower."""
     total = _proc_meminfo().get("MemTotal", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    return min(total, _read_int("/sys/fs/cgroup/memory.max") or total)
+    return min([total, *(group.limit for group in control_groups())])
+
+
+@dataclass(frozen=True)
+class ControlGroup:
+    """A memory limit that this process is under, in bytes."""
+
+    limit: int
+    used: int
+    reclaimable: int  # file pages among what is used: the group gives them up first
+
+    @property
+    def room(self) -> int:
+        """What can still be taken. File pages count as used until somebody else needs them: a checkpoint just read
+        would look like a full house.
+        """
+        return max(0, self.limit - self.used + self.reclaimable)
+
+
+#: File names of a limit, what is used of it, and the reclaimable part of that in memory.stat: version 2, version 1.
+_GROUP_FILES = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def control_groups(root: Path = Path("/sys/fs/cgroup"), own: str | None = None) -> list[ControlGroup]:
+    """The memory limits of the control groups this process is in, parents included; either version.
+
+    ``own`` is the text of /proc/self/cgroup. Where its paths are not visible, as inside a container, the groups at
+    ``root`` itself are what holds.
+    """
+    groups = []
+    for line in (_read_text("/proc/self/cgroup") if own is None else own).splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        controller = "" if number == "0" else "memory"
+        if controller and controller not in controllers.split(","):
+            continue
+        limit_file, used_file, reclaimable = _GROUP_FILES[controller]
+        top = root / controller
+        for directory in (top / path.lstrip("/"), *(top / path.lstrip("/")).parents):
+            if not directory.is_relative_to(top):
+                break
+            limit, used = _read_int(directory / limit_file), _read_int(directory / used_file)
+            if limit is not None and used is not None:
+                stat = dict(line.partition(" ")[::2] for line in _read_text(directory / "memory.stat").splitlines())
+                groups.append(ControlGroup(limit, used, int(stat.get(reclaimable, 0))))
+    return groups
 
 
 def cpu_count() -> int:
@@ -162,13 +196,13 @@ def _proc_meminfo() -> dict[str, int]:
     return fields
 
 
-def _read_text(path: str) -> str:
+def _read_text(path: str | Path) -> str:
     try:
         return Path(path).read_text()
     except OSError:
         return ""
 
 
-def _read_int(path: str) -> int | None:
+def _read_int(path: str | Path) -> int | None:
     text = _read_text(path).strip()
     return int(text) if text.isdigit() else None

@@ -32,6 +32,16 @@ _MAX_UNDECIDED = 12
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
+def _has_files(location: str) -> bool:
+    """True if a model directory, or a repository of the hub, has anything that a tokenizer is read from."""
+    from transformers.utils import cached_file
+
+    if Path(location).is_dir():
+        return any(Path(location, name).is_file() for name in _FILES)
+    quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    return any(cached_file(location, name, **quietly) is not None for name in _FILES)
+
+
 class Tokenizer:
     """A Hugging Face tokenizer with the few calls that the engine needs."""
 
@@ -47,13 +57,12 @@ class Tokenizer:
         """
         from transformers import AutoTokenizer
 
-        path = Path(location)
-        if path.is_dir() and "gguf_file" not in options and not any((path / name).is_file() for name in _FILES):
-            logger.info("no tokenizer in %s: token ids only", location)
-            return None
         try:
             return cls(AutoTokenizer.from_pretrained(location, **options))
         except Exception as error:
+            if "gguf_file" not in options and not _has_files(location):
+                logger.info("no tokenizer in %s: token ids only", location)
+                return None
             raise InvalidArgumentError(
                 f"the tokenizer of {location} could not be read: {error}", argument="model", got=location
             ) from error

@@ -1,0 +1,50 @@
+"""Memory limits of control groups, in both versions and seen from inside a container."""
+
+from __future__ import annotations
+
+import pytest
+from pagedcore.environment import ControlGroup, available_memory, control_groups, total_memory
+
+
+def write(directory, limit, used, stat):
+    directory.mkdir(parents=True, exist_ok=True)
+    names = ("memory.max", "memory.current") if "total_inactive_file" not in stat else V1
+    for name, value in zip(names, (limit, used), strict=True):
+        (directory / name).write_text(f"{value}\n")
+    (directory / "memory.stat").write_text(f"anon 5\n{stat}\n")
+
+
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+
+
+def test_version_2(tmp_path):
+    """A group's own limit and its parents' both hold; "max" is none."""
+    write(tmp_path / "user" / "job", 1000, 400, "inactive_file 150")
+    write(tmp_path / "user", 700, 600, "inactive_file 0")
+    write(tmp_path, "max", 5000, "inactive_file 0")
+    groups = control_groups(tmp_path, "0::/user/job\n")
+    assert groups == [ControlGroup(1000, 400, 150), ControlGroup(700, 600, 0)]
+    assert [group.room for group in groups] == [750, 100]
+
+
+def test_version_1(tmp_path):
+    write(tmp_path / "memory" / "docker" / "x", 1000, 900, "total_inactive_file 300")
+    own = "12:cpu,cpuacct:/docker/x\n5:memory:/docker/x\n1:name=systemd:/docker/x\n0::/docker/x\n"
+    assert control_groups(tmp_path, own) == [ControlGroup(1000, 900, 300)]
+
+
+@pytest.mark.parametrize("own", ["0::/host/path/that/is/not/here\n", "0::/\n", "0::/../..\n"])
+def test_inside_a_container(tmp_path, own):
+    """Its own group is mounted as the root, whatever path it has outside."""
+    write(tmp_path, 1000, 100, "inactive_file 0")
+    assert ControlGroup(1000, 100, 0) in control_groups(tmp_path, own)
+
+
+def test_no_limits(tmp_path):
+    assert control_groups(tmp_path, "0::/a\n") == []
+    assert control_groups(tmp_path, "") == []
+    assert ControlGroup(10, 20, 3).room == 0
+
+
+def test_this_machine():
+    assert 0 < available_memory() <= total_memory()
