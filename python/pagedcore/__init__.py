@@ -29,6 +29,7 @@ from pagedcore.errors import PagedCoreError
 
 if TYPE_CHECKING:
     from pagedcore import layout, ops
+    from pagedcore.async_engine import AsyncEngine
     from pagedcore.engine import Engine
     from pagedcore.layout import KVCacheLayout
     from pagedcore.llm import LLM
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LLM",
+    "AsyncEngine",
     "BlockPool",
     "Commit",
     "CompletionOutput",
@@ -62,6 +64,7 @@ __all__ = [
 
 # Where the names of levels 4 and 5 come from; a module stands for itself.
 _LAZY = {
+    "AsyncEngine": "pagedcore.async_engine",
     "CompletionOutput": "pagedcore.outputs",
     "Engine": "pagedcore.engine",
     "KVCacheLayout": "pagedcore.layout",

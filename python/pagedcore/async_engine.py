@@ -1,0 +1,216 @@
+"""The engine behind an event loop: one thread steps, any number of tasks wait for their answers.
+
+    async with AsyncEngine("path/to/model") as engine:
+        async for output in engine.generate("Once upon a time", SamplingParams(max_tokens=50)):
+            print(output.outputs[0].new_text, end="")
+
+The thread owns the engine: nobody else touches it. Tasks hand it calls (add, abort) through a queue that it empties
+between two steps, and get outputs back through `asyncio` queues of their own; a step costs one call into the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import itertools
+import logging
+import os
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from pagedcore.engine import Engine
+from pagedcore.errors import ClosedError
+from pagedcore.models import LoadedModel
+from pagedcore.outputs import EngineStats, RequestOutput
+
+if TYPE_CHECKING:
+    from pagedcore.engine import Prompt
+    from pagedcore.sampling import SamplingParams
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+class AsyncEngine:
+    """Answers requests of an event loop's tasks with one `Engine`, whose arguments it takes.
+
+    The model is loaded when it is made, which takes seconds and blocks: make it before the loop has other work, or
+    with ``await asyncio.to_thread(AsyncEngine, ...)``. Its methods belong to one event loop, the one that is running
+    when they are first used. Use as an async context manager, or await `close`.
+    """
+
+    def __init__(self, model: str | os.PathLike[str] | LoadedModel, **options: Any) -> None:
+        self._engine = Engine(model, **options)
+        self._ids = itertools.count()
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # None: close
+        self._streams: dict[str, _Stream] = {}  # the thread's
+        self._closed = False
+        self._lock = threading.Lock()  # around `_closed` and the end of `_calls`: no call is queued that nobody makes
+        self._thread = threading.Thread(target=self._run, name="pagedcore-engine", daemon=True)
+        self._thread.start()
+        atexit.register(self._stop)  # the interpreter must not go away under a thread that computes
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        tenant: str = "",
+        cache_salt: str = "",
+    ) -> AsyncIterator[RequestOutput]:
+        """Yields the request's state whenever it has got tokens; the last output has ``finished`` set.
+
+        A consumer that is slower than the engine gets what has come meanwhile one output after another, none lost.
+        The request is aborted if the generator is closed, or the task that waits for it cancelled. Raises as
+        `Engine.add_request` does, and ClosedError if the engine is closed before the answer is complete.
+        """
+        stream = _Stream(asyncio.get_running_loop())
+        name = f"async-{next(self._ids)}" if request_id is None else request_id
+
+        def add() -> None:
+            self._engine.add_request(name, prompt, params, priority=priority, tenant=tenant, cache_salt=cache_salt)
+            self._streams[name] = stream
+
+        def drop() -> None:
+            if self._streams.get(name) is stream:  # else it has ended, and the id may be somebody else's
+                del self._streams[name]
+                self._engine.discard(name)
+
+        try:
+            await self._call(add)
+            while True:
+                output = await stream.outputs.get()
+                if isinstance(output, Exception):
+                    raise output
+                yield output
+                if output.finished:
+                    return
+        finally:
+            self._calls.put(drop)  # without waiting: a generator that is being closed cannot
+
+    async def abort(self, request_id: str) -> None:
+        """Ends a request; whoever iterates over it gets its final output. Raises UnknownRequestError."""
+
+        def abort() -> None:
+            output = self._engine.abort(request_id)
+            self._tell([output])
+
+        await self._call(abort)
+
+    async def stats(self) -> EngineStats:
+        """Counters and gauges, as `Engine.stats` gives them, between two steps."""
+        return await self._call(self._engine.stats)
+
+    async def close(self) -> None:
+        """Ends the thread after the step it is in, and drops unfinished requests, whose consumers get ClosedError.
+        Idempotent.
+        """
+        await asyncio.to_thread(self._stop)
+
+    def _stop(self) -> None:
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._calls.put(None)
+        self._thread.join()
+        atexit.unregister(self._stop)
+
+    async def __aenter__(self) -> Self:
+        if self._closed:
+            raise ClosedError("this engine is closed")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def _call(self, function: Callable[[], T]) -> T:
+        """Has the thread call ``function`` between two steps; its result or its exception."""
+        future: Future[T] = Future()
+
+        def call() -> None:
+            if not future.set_running_or_notify_cancel():
+                return  # who asked has gone
+            try:
+                future.set_result(function())
+            except Exception as error:  # noqa: BLE001  # it is raised where the call was made
+                future.set_exception(error)
+
+        with self._lock:
+            if self._closed:
+                raise ClosedError("this engine is closed")
+            self._calls.put(call)
+        return await asyncio.wrap_future(future)
+
+    # ------------------------------------------------------------------------------------------------ the thread
+
+    def _run(self) -> None:
+        failure: Exception = ClosedError("this engine was closed")
+        try:
+            while self._serve_calls():
+                if self._engine.has_unfinished:
+                    self._tell(self._engine.step())
+        except Exception as error:  # the engine is broken: those who wait must know
+            logger.exception("the engine's thread has ended")
+            failure = error
+        with self._lock:
+            self._closed = True
+        self._engine.close()
+        with contextlib.suppress(queue.Empty):
+            while True:  # calls that came too late: the engine they reach is closed, and says so
+                call = self._calls.get_nowait()
+                if call is not None:
+                    call()
+        _hand_over([(stream, failure) for stream in self._streams.values()])
+        self._streams.clear()
+
+    def _serve_calls(self) -> bool:
+        """Makes the calls that wait; with nothing to compute, waits for one. False: the engine is to be closed."""
+        wait = not self._engine.has_unfinished
+        with contextlib.suppress(queue.Empty):
+            while True:
+                call = self._calls.get(block=wait)
+                if call is None:
+                    return False
+                call()
+                wait = False
+        return True
+
+    def _tell(self, outputs: list[RequestOutput]) -> None:
+        """Hands outputs to those who wait for them; a stream ends with its last one."""
+        wanted = [
+            (self._streams[output.request_id], output) for output in outputs if output.request_id in self._streams
+        ]
+        for _, output in wanted:
+            if output.finished:
+                del streams[output.request_id]
+        _hand_over(wanted)
+
+
+class _Stream:
+    """The outputs of one request on their way from the thread to its consumer."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.outputs: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
+
+
+def _hand_over(items: Sequence[tuple[_Stream, RequestOutput | Exception]]) -> None:
+    """Puts every item into its stream, by one call for each event loop."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, RequestOutput | Exception]]] = {}
+    for stream, item in items:
+        by_loop.setdefault(stream.loop, []).append((stream, item))
+    for loop, some in by_loop.items():
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits any more
+            loop.call_soon_threadsafe(_put_all, some)
+
+
+def _put_all(items: Sequence[tuple[_Stream, RequestOutput | Exception]]) -> None:
+    for stream, item in items:
+        stream.outputs.put_nowait(item)

@@ -1,0 +1,201 @@
+"""Many tasks, one engine: every task gets its own answer, and who leaves takes its request along."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import subprocess
+import sys
+
+import pytest
+from greedy import run_all
+from models import save_tiny_model
+from pagedcore import AsyncEngine, Engine, SamplingParams
+from pagedcore import models as pagedcore_models
+from pagedcore.errors import (
+    ClosedError,
+    CorruptionError,
+    DuplicateRequestError,
+    RequestTooLargeError,
+    TokenOutOfRangeError,
+    UnknownRequestError,
+)
+
+OPTIONS = {"num_blocks": 40, "max_num_seqs": 8, "max_num_batched_tokens": 32}
+LONG = SamplingParams(max_tokens=400, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    return pagedcore_models.load(save_tiny_model("llama", tmp_path_factory.mktemp("llama")))
+
+
+def run(scenario, loaded):
+    async def main():
+        async with AsyncEngine(loaded, **OPTIONS) as engine:
+            await asyncio.wait_for(scenario(engine), 120)
+
+    asyncio.run(main())
+
+
+async def tokens_of(engine, prompt, params, **options):
+    tokens = []
+    async for output in engine.generate(prompt, params, **options):
+        tokens += output.outputs[0].new_token_ids
+    assert output.finished
+    assert output.outputs[0].token_ids == tokens
+    return tokens
+
+
+async def until(engine, condition):
+    while not condition(await engine.stats()):
+        await asyncio.sleep(0.001)
+
+
+def test_tasks_get_their_own_answers(loaded):
+    params = SamplingParams(max_tokens=10, ignore_eos=True)
+    prompts = [[3 + i] * (1 + 5 * i) for i in range(12)]
+    with Engine(loaded, **OPTIONS) as engine:
+        expected = run_all(engine, {str(i): (prompt, params) for i, prompt in enumerate(prompts)})
+
+    async def scenario(engine):
+        answers = await asyncio.gather(*(tokens_of(engine, prompt, params) for prompt in prompts))
+        assert answers == [expected[str(i)][0] for i in range(12)]
+        assert (await engine.stats()).blocks_used == 0
+
+    run(scenario, loaded)
+
+
+def test_a_slow_consumer_loses_nothing(loaded):
+    async def scenario(engine):
+        outputs = []
+        async for output in engine.generate([5, 6], SamplingParams(max_tokens=20, ignore_eos=True)):
+            outputs.append(output.outputs[0].new_token_ids)
+            if len(outputs) == 1:
+                await until(engine, lambda stats: stats.running == 0)
+        assert [len(new) for new in outputs] == [1] * 20
+
+    run(scenario, loaded)
+
+
+def test_who_leaves_takes_the_request_along(loaded):
+    """A cancelled task, a loop that is left, a generator that is closed or forgotten: the blocks come back."""
+
+    async def leave(engine):
+        async for _ in engine.generate([5, 6, 7], LONG):
+            break
+
+    async def close(engine):
+        stream = engine.generate([5, 6, 7], LONG)
+        await anext(stream)
+        await stream.aclose()
+
+    async def forget(engine):
+        stream = engine.generate([5, 6, 7], LONG)
+        await anext(stream)
+        del stream
+        gc.collect()
+
+    async def cancel(engine):
+        task = asyncio.create_task(tokens_of(engine, [5, 6, 7], LONG))
+        await until(engine, lambda stats: stats.running == 1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    async def cancel_at_once(engine):
+        task = asyncio.create_task(tokens_of(engine, [5, 6, 7], LONG))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    async def scenario(engine):
+        for way in (leave, close, forget, cancel, cancel_at_once):
+            await way(engine)
+            await until(engine, lambda stats: stats.running == stats.waiting == stats.blocks_used == 0)
+
+    run(scenario, loaded)
+
+
+def test_abort(loaded):
+    async def scenario(engine):
+        task = asyncio.create_task(tokens_of(engine, [5, 6, 7], LONG, request_id="mine"))
+        await until(engine, lambda stats: stats.sampled_tokens > 3)
+        await engine.abort("mine")
+        assert len(await task) > 3
+        for unknown in ("mine", "other"):
+            with pytest.raises(UnknownRequestError):
+                await engine.abort(unknown)
+
+    run(scenario, loaded)
+
+
+def test_bad_requests_reach_who_made_them(loaded):
+    async def scenario(engine):
+        running = asyncio.create_task(tokens_of(engine, [5, 6, 7], LONG, request_id="mine"))
+        await until(engine, lambda stats: stats.running == 1)
+        for prompt, options, error in (
+            ([10_000], {}, TokenOutOfRangeError),
+            ([5] * 1000, {}, RequestTooLargeError),
+            ([5], {"request_id": "mine"}, DuplicateRequestError),
+        ):
+            with pytest.raises(error):
+                await tokens_of(engine, prompt, LONG, **options)
+        assert not running.done(), "the refused namesake did not take it along"
+        assert (await engine.stats()).running == 1
+        running.cancel()
+
+    run(scenario, loaded)
+
+
+def test_close(loaded):
+    async def main():
+        engine = AsyncEngine(loaded, **OPTIONS)
+        tasks = [asyncio.create_task(tokens_of(engine, [5, 6, 7 + i], LONG)) for i in range(3)]
+        await until(engine, lambda stats: stats.running == 3)
+        await asyncio.gather(engine.close(), engine.close())
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(result, ClosedError)
+        for call in (engine.stats(), engine.abort("x"), engine.__aenter__(), tokens_of(engine, [5], LONG)):
+            with pytest.raises(ClosedError):
+                await call
+        await engine.close()
+
+    asyncio.run(main())
+
+
+def test_a_broken_engine_is_told_to_all(loaded, monkeypatch):
+    async def main():
+        engine = AsyncEngine(loaded, **OPTIONS)
+
+        def broken(self, only=None):
+            raise CorruptionError("the books do not balance")
+
+        monkeypatch.setattr(Engine, "step", broken)
+        with pytest.raises(CorruptionError, match="the books"):
+            await asyncio.wait_for(tokens_of(engine, [5], LONG), 60)
+        with pytest.raises(ClosedError):
+            await engine.stats()
+        await engine.close()
+
+    asyncio.run(main())
+
+
+def test_the_interpreter_ends_though_nobody_closed_it(tmp_path):
+    save_tiny_model("llama", tmp_path)
+    program = (
+        "import asyncio, sys\n"
+        "from pagedcore import AsyncEngine, SamplingParams\n"
+        "async def main():\n"
+        "    global engine\n"
+        "    engine = AsyncEngine(sys.argv[1], num_blocks=40)\n"
+        "    async for output in engine.generate([5, 6], SamplingParams(max_tokens=400, ignore_eos=True)):\n"
+        "        break\n"
+        "asyncio.run(main())\n"
+        "print('end')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "end\n"), done.stderr
