@@ -184,9 +184,8 @@ class AsyncEngine:
 
     def _tell(self, outputs: list[RequestOutput]) -> None:
         """Hands outputs to those who wait for them; a stream ends with its last one."""
-        wanted = [
-            (self._streams[output.request_id], output) for output in outputs if output.request_id in self._streams
-        ]
+        streams = self._streams
+        wanted = [(streams[output.request_id], output) for output in outputs if output.request_id in streams]
         for _, output in wanted:
             if output.finished:
                 del streams[output.request_id]
