@@ -345,7 +345,7 @@ def test_a_manager_of_ones_own() -> None:
     with pytest.raises(UnsupportedError):
         manager.free(theirs)
     for call in (manager.take_block_copies, manager.take_blocks_to_zero):
-        with pytest.raises(UnsupportedError):
+        with pytest.raises(StepError, match="numbered by its scheduler"):
             call()
     with pytest.raises(StepError):
         manager.pool.begin_step()

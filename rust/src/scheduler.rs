@@ -28,6 +28,7 @@ mod lifecycle;
 mod requests;
 mod rows;
 mod siblings;
+mod size;
 mod stats;
 mod update;
 mod write;

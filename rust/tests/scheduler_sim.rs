@@ -5,46 +5,23 @@
 //!
 //! `PAGEDCORE_SIM_SEEDS=100000` runs more seeds, `PAGEDCORE_SIM_SEED=7` replays one.
 
+#[path = "sim/others.rs"]
+mod others;
 mod sim;
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use pagedcore::{EndReason, Error, NamespaceKey, RequestParams, Scheduler, SchedulerConfig};
-use sim::{Server, alone, mix};
-
-/// A small generator (SplitMix64): the same numbers from the same seed for ever.
-struct Rng(u64);
-
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        mix(self.0)
-    }
-
-    /// A number below `n`.
-    fn below(&mut self, n: usize) -> usize {
-        usize::try_from(self.next() % n as u64).unwrap()
-    }
-
-    /// A number from `low` to `high`, both included.
-    fn between(&mut self, low: usize, high: usize) -> usize {
-        low + self.below(high - low + 1)
-    }
-
-    /// True once in `n` times.
-    fn one_in(&mut self, n: usize) -> bool {
-        self.below(n) == 0
-    }
-
-    fn pick<'a, T>(&mut self, items: &'a [T]) -> &'a T {
-        &items[self.below(items.len())]
-    }
-}
+use others::{Others, key};
+use pagedcore::{
+    ContentKey, ContentKeys, EndReason, Error, KVCacheManager, ManagerConfig, RequestParams, Scheduler, SchedulerConfig,
+};
+use sim::{Content, Rng, Server, alone_with};
 
 /// A request and what came of it.
 struct Sent {
     namespace: u64,
+    content: Content,
     prompt: Vec<u32>,
     n: usize,
     priority: i64,
@@ -67,12 +44,14 @@ struct World {
     /// One in this many steps fails, is cancelled, or sees an abort; 0 for never.
     trouble: usize,
     priorities: usize,
+    /// Those who use the manager beside the scheduler, in a hostile world.
+    others: Option<Others>,
     preempted: usize,
     refused: usize,
 }
 
 impl World {
-    fn new(seed: u64) -> Self {
+    fn new(seed: u64, hostile: bool) -> Self {
         let mut rng = Rng(seed);
         let block_size = *rng.pick(&[1, 3, 16]);
         let max_model_len = rng.between(4, 40) + block_size;
@@ -96,9 +75,14 @@ impl World {
             .map(|_| Self::tokens(&mut rng, max_model_len / 2, vocab_size))
             .collect();
         Self {
-            scheduler: Scheduler::new(config.clone()).unwrap(),
+            scheduler: if hostile {
+                adopted(&config)
+            } else {
+                Scheduler::new(config.clone()).unwrap()
+            },
+            others: hostile.then(Others::default),
             server: Server::new(num_blocks, block_size, max_num_seqs, vocab_size),
-            trouble: *rng.pick(&[0, 5, 20]),
+            trouble: *rng.pick(if hostile { &[1, 2, 5, 5, 20, 20] } else { &[0, 5, 20] }),
             priorities: *rng.pick(&[1, 1, 3]),
             rng,
             config,
@@ -137,8 +121,10 @@ impl World {
                 assert!(self.scheduler.schedule().unwrap().is_none());
                 continue;
             }
+            self.others_act();
             self.step();
         }
+        self.others_leave();
         self.check_end();
     }
 
@@ -158,22 +144,20 @@ impl World {
         let n = if self.rng.one_in(3) { self.rng.between(1, 4) } else { 1 };
         let tenants = if self.rng.one_in(2) { 3 } else { 1 };
         let namespace = self.rng.below(tenants);
-        let key = |name: &str| NamespaceKey {
-            tenant: name.into(),
-            ..NamespaceKey::default()
-        };
         let mut params = RequestParams::new(self.rng.between(1, self.config.max_model_len));
         params.n = n;
         params.priority = i64::try_from(self.rng.below(self.priorities)).unwrap();
-        params.namespace = key(["", "a", "b"][namespace]);
+        params.namespace = key(namespace as u64);
         if self.rng.one_in(3) {
             params
                 .stop_token_ids
                 .push(u32::try_from(self.rng.below(self.vocab_size as usize)).unwrap());
         }
+        let content = self.content(&mut params, prompt.len());
         let limit = (prompt.len() + params.max_tokens).min(self.config.max_model_len);
         let sent = Sent {
             namespace: namespace as u64,
+            content: content.clone(),
             prompt: prompt.clone(),
             n,
             priority: params.priority,
@@ -185,6 +169,7 @@ impl World {
         };
         match self.scheduler.add_request(&id, &prompt, params) {
             Ok(()) => {
+                self.server.contents.insert(id.clone(), content);
                 self.sent.insert(id, sent);
             }
             Err(Error::RequestTooLarge { needed, limit, .. }) => {
@@ -203,6 +188,10 @@ impl World {
         let sent = &mut self.sent;
         let planned = self.scheduler.schedule().unwrap();
         let Some(planned) = planned else {
+            if self.others.as_ref().is_some_and(Others::hold_blocks) {
+                self.others_leave();
+                return;
+            }
             // Nobody else holds blocks, so there is always something to do (S1).
             panic!("nothing to do, but unfinished requests");
         };
@@ -210,6 +199,9 @@ impl World {
             let request = sent.get_mut(&**id).unwrap();
             request.preemptions += 1;
             self.preempted += 1;
+        }
+        if let Some(others) = &mut self.others {
+            others.step_was_planned();
         }
         assert!(planned.plan().num_tokens() <= self.config.max_num_batched_tokens);
         let step = planned.plan().step();
@@ -223,6 +215,7 @@ impl World {
             if self.rng.one_in(3) {
                 self.disturb();
             }
+            self.others_act();
             self.scheduler.cancel(step).unwrap();
             return;
         }
@@ -231,6 +224,7 @@ impl World {
         if self.trouble > 0 && self.rng.one_in(self.trouble) {
             self.disturb();
         }
+        self.others_act();
         let trouble = self.trouble * 4;
         let failed: Vec<bool> = rows.iter().map(|_| trouble > 0 && self.rng.one_in(trouble)).collect();
         let result = self.scheduler.update(step, &sampled, None, Some(&failed)).unwrap();
@@ -245,6 +239,42 @@ impl World {
             let before = request.ended[finished.index].replace(finished.reason.clone());
             assert_eq!(before, None, "{} ends twice (S9)", finished.request_id);
         }
+        if let Some(others) = &mut self.others {
+            others.step_was_updated(self.scheduler.manager_mut(), &mut self.server);
+        }
+    }
+
+    /// Others do something now and then, in a hostile world.
+    fn others_act(&mut self) {
+        let Some(others) = &mut self.others else { return };
+        while !self.rng.one_in(3) {
+            others.act(&mut self.rng, &mut self.scheduler, &mut self.server, &self.prefixes);
+            self.scheduler.check().unwrap_or_else(|error| panic!("{error}"));
+            others.check(self.scheduler.manager(), &self.server);
+        }
+    }
+
+    fn others_leave(&mut self) {
+        if let Some(others) = &mut self.others {
+            others.leave(&mut self.rng, self.scheduler.manager_mut(), &mut self.server);
+        }
+    }
+
+    /// Gives a request content at some of its positions, in a hostile world.
+    fn content(&mut self, params: &mut RequestParams, prompt_len: usize) -> Content {
+        if self.others.is_none() || !self.rng.one_in(3) {
+            return None;
+        }
+        let start = self.rng.below(prompt_len);
+        let range = start..self.rng.between(start + 1, prompt_len);
+        let what = self.rng.below(2);
+        let key = ContentKey {
+            start: i64::try_from(range.start).unwrap(),
+            stop: i64::try_from(range.end).unwrap(),
+            key: [u8::try_from(what).unwrap()].into(),
+        };
+        params.content_keys = ContentKeys::new(vec![key]).unwrap();
+        Some((range, what as u64 + 1))
     }
 
     /// Ends some request, or one of its sequences, or tries what must be refused.
@@ -297,8 +327,9 @@ impl World {
         let horizon_steps = (self.config.max_model_len / self.config.block_size).max(1).ilog(4) as usize;
         for (id, request) in &self.sent {
             for index in 0..request.n {
-                let expected = alone(
+                let expected = alone_with(
                     request.namespace,
+                    &request.content,
                     &request.prompt,
                     index,
                     request.limit,
@@ -321,7 +352,7 @@ impl World {
                     ),
                 }
             }
-            if request.priority == 0 && self.trouble == 0 {
+            if request.priority == 0 && self.trouble == 0 && self.others.is_none() {
                 // S2; nobody is more urgent, and no group goes back into the line because its lead was ended.
                 assert!(
                     request.preemptions <= 2 + horizon_steps,
@@ -341,8 +372,22 @@ fn number(name: &str) -> Option<u64> {
     })
 }
 
-fn run(seed: u64) -> World {
-    let mut world = World::new(seed);
+/// A scheduler on a manager that was there before it.
+fn adopted(config: &SchedulerConfig) -> Scheduler {
+    let manager = ManagerConfig {
+        enable_prefix_caching: config.enable_prefix_caching,
+        vocab_size: config.vocab_size,
+        ..ManagerConfig::new(config.num_blocks, config.block_size)
+    };
+    let mut manager = KVCacheManager::new(&manager).unwrap();
+    let seq = manager.add(&[0, 1], key(0), ContentKeys::default()).unwrap();
+    manager.allocate_slots(seq, 2, 0).unwrap();
+    manager.free(seq, None).unwrap();
+    Scheduler::with_manager(config.clone(), manager).unwrap()
+}
+
+fn run(seed: u64, hostile: bool) -> World {
+    let mut world = World::new(seed, hostile);
     let outcome = catch_unwind(AssertUnwindSafe(|| world.run()));
     if let Err(panic) = outcome {
         eprintln!(
@@ -357,13 +402,13 @@ fn run(seed: u64) -> World {
 #[test]
 fn outputs_do_not_depend_on_what_is_done_to_others() {
     if let Some(seed) = number("PAGEDCORE_SIM_SEED") {
-        run(seed);
+        run(seed, false);
         return;
     }
     let (mut preempted, mut copies, mut hits, mut steps, mut refused) = (0, 0, 0, 0, 0);
     let seeds = number("PAGEDCORE_SIM_SEEDS").unwrap_or(10_000);
     for seed in 0..seeds {
-        let world = run(seed);
+        let world = run(seed, false);
         let stats = world.scheduler.stats();
         preempted += world.preempted;
         refused += world.refused;
@@ -379,8 +424,30 @@ fn outputs_do_not_depend_on_what_is_done_to_others() {
 }
 
 #[test]
+fn nor_on_what_other_owners_of_the_blocks_do() {
+    if let Some(seed) = number("PAGEDCORE_SIM_SEED") {
+        run(seed, true);
+        return;
+    }
+    let (mut cancelled, mut zeroed, mut copies, mut hits) = (0, 0, 0, 0);
+    let seeds = number("PAGEDCORE_SIM_SEEDS").unwrap_or(4_000);
+    for seed in 0..seeds {
+        let stats = run(seed, true).scheduler.stats();
+        cancelled += stats.cancelled_steps;
+        zeroed += stats.blocks_zeroed;
+        copies += stats.block_copies;
+        hits += stats.prefix_hit_tokens;
+    }
+    println!("{seeds} seeds, {cancelled} cancelled steps, {zeroed} zeroed, {copies} copies, {hits} hit tokens");
+    assert!(seeds < 4_000 || (cancelled > 10_000 && zeroed > 10_000 && copies > 3_000 && hits > 2_000));
+}
+
+#[test]
 fn the_same_seed_plans_the_same_steps() {
     for seed in 0..50 {
-        assert_eq!(run(seed).server.trace, run(seed).server.trace, "seed {seed}");
+        for hostile in [false, true] {
+            let traces = [(); 2].map(|()| run(seed, hostile).server.trace);
+            assert_eq!(traces[0], traces[1], "seed {seed}");
+        }
     }
 }

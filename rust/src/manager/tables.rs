@@ -70,6 +70,11 @@ impl KVCacheManager {
         self.sequences.get(seq).is_ok_and(|sequence| sequence.owned)
     }
 
+    /// Sequences that are requests'. O(sequences).
+    pub(crate) fn num_claimed(&self) -> usize {
+        self.sequences.iter().filter(|(_, sequence)| sequence.owned).count()
+    }
+
     /// Of the blocks that [`add`](Self::add) would find cached, those that are held already: a sequence that
     /// shares them leaves as many blocks to others as there were. Leaves no trace. O(that many).
     pub(crate) fn held_prefix(&self, tokens: &[u32], key: &NamespaceKey, content: &ContentKeys) -> usize {

@@ -107,17 +107,12 @@ impl Core {
     /// The manager, to take what is to be done before the next step: a scheduler puts that into its plans.
     ///
     /// # Errors
-    /// `Unsupported` under a scheduler; otherwise as `manager`.
+    /// `ForeignStep` under a scheduler; otherwise as `manager`.
     pub fn manager_of_steps(&mut self) -> Result<&mut KVCacheManager> {
-        if matches!(self, Self::Scheduler(_)) {
-            let expected = Expected::That("the arrays of the scheduler's plans");
-            return Err(Error::Unsupported {
-                argument: "group",
-                got: 0,
-                expected,
-            });
+        match self {
+            Self::Scheduler(_) => Err(Error::ForeignStep),
+            Self::Blocks(_) | Self::Manager(_) => self.manager(),
         }
-        self.manager()
     }
 
     /// The requests.

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyDict, PyTuple};
 
 use super::errors::{self, Class};
@@ -32,8 +33,8 @@ struct PlanMemory {
 
 #[pymethods]
 impl PlanMemory {
-    /// NumPy's array interface: writable bytes. What a server writes there is seen by nobody but the server; lines of
-    /// the block table are kept between steps, though.
+    /// NumPy's array interface: writable bytes, as torch takes no others without a warning. What a server writes there is
+    /// seen by nobody but the server; lines of the block table are kept between steps, though.
     #[getter]
     fn __array_interface__<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let interface = PyDict::new(py);
@@ -78,30 +79,39 @@ impl Summary {
 
 /// The plans' memory, and which step is in it.
 pub struct Ring {
-    /// uint8, all of the memory.
-    memory: Py<PyAny>,
+    /// Of the memory, which is allocated once, and given up by the core when it ends.
+    address: usize,
+    len: usize,
+    /// uint8, all of it. Made by the first array, so that a scheduler is made without `NumPy`, and nothing can fail
+    /// after it has taken its manager.
+    bytes: PyOnceLock<Py<PyAny>>,
     /// The step in flight; 0 is none.
     step: AtomicU64,
 }
 
 impl Ring {
     pub fn new(py: Python<'_>, core: &Handle) -> PyResult<Self> {
-        // The address does not change: the memory is allocated once, and the core never gives it up before it ends.
         let (address, len) = core.call(py, |core| {
             let memory = core.scheduler()?.plan_memory();
             Ok((memory.as_ptr() as usize, memory.len()))
         })?;
-        let memory = Bound::new(
-            py,
-            PlanMemory {
-                address,
-                len,
-                _core: Arc::clone(core),
-            },
-        )?;
         Ok(Self {
-            memory: numpy::over(memory.as_any())?.unbind(),
+            address,
+            len,
+            bytes: PyOnceLock::new(),
             step: AtomicU64::new(0),
+        })
+    }
+
+    fn bytes(&self, py: Python<'_>, core: &Handle) -> PyResult<&Py<PyAny>> {
+        self.bytes.get_or_try_init(py, || {
+            let memory = PlanMemory {
+                address: self.address,
+                len: self.len,
+                _core: Arc::clone(core),
+            };
+            let memory = Bound::new(py, memory)?;
+            Ok(numpy::over(memory.as_any())?.unbind())
         })
     }
 
@@ -149,7 +159,9 @@ impl StepPlan {
         match &self.source {
             Source::Copy(memory) => Ok(memory),
             Source::Ring { core, .. } if core.is_closed() => Err(errors::from_core(py, &Error::Closed)),
-            Source::Ring { ring, .. } if ring.step.load(Ordering::Acquire) == self.summary.step => Ok(&ring.memory),
+            Source::Ring { core, ring } if ring.step.load(Ordering::Acquire) == self.summary.step => {
+                ring.bytes(py, core)
+            }
             Source::Ring { .. } => Err(self.over(py)),
         }
     }
@@ -352,6 +364,9 @@ impl StepPlan {
     }
 
     /// int32[S, W], rows strided: the blocks of each sequence, 0 after its last one.
+    ///
+    /// Read only what is in it, or copy it first: lines are kept from step to step, and an entry that is overwritten here
+    /// (or through `buffer`) is told wrongly by later plans until it changes.
     #[getter]
     fn block_table<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         self.array(py, Array::BlockTable)

@@ -48,6 +48,24 @@ impl Scheduler {
     ) -> PyResult<R> {
         self.core.call(py, |core| f(core.scheduler()?))
     }
+
+    /// A call of which the scheduler knows how much it is.
+    fn weighed<R: Send>(
+        &self,
+        py: Python<'_>,
+        size: impl FnOnce(&scheduler::Scheduler) -> usize,
+        mut f: impl FnMut(&mut scheduler::Scheduler) -> crate::error::Result<R> + Send,
+    ) -> PyResult<R> {
+        let size = |core: &mut Core| core.scheduler().map_or(0, |scheduler| size(scheduler));
+        self.core.call_weighed(py, size, |core| f(core.scheduler()?))
+    }
+
+    /// Ends a request, or one of its sequences.
+    fn end(&self, py: Python<'_>, id: &str, reason: &EndReason, index: Option<usize>) -> PyResult<Vec<Ended>> {
+        let size = |scheduler: &scheduler::Scheduler| scheduler.size_of_finish(id);
+        let finished = self.weighed(py, size, |scheduler| scheduler.finish(id, reason, index))?;
+        Ok(ended(&finished))
+    }
 }
 
 #[pymethods]
@@ -188,13 +206,13 @@ impl Scheduler {
 
     /// Plans the next step: decides who computes what, and writes every array of it.
     ///
-    /// O(sequences + tokens of the step + table entries that changed); the interpreter stays attached.
+    /// O(sequences + tokens of the step + table entries that changed). The interpreter stays attached where that is little.
     ///
     /// Returns:
     ///     the plan, valid until its `update` or `cancel`; None if nothing can run (`explain` says why), or while the
     ///     step before is in flight.
     fn schedule(&self, py: Python<'_>) -> PyResult<Option<StepPlan>> {
-        let summary = self.call(py, |scheduler| {
+        let summary = self.weighed(py, scheduler::Scheduler::size_of_schedule, |scheduler| {
             Ok(scheduler.schedule()?.map(|planned| Summary::of(planned.plan())))
         })?;
         Ok(summary.map(|summary| {
@@ -229,7 +247,7 @@ impl Scheduler {
         let sampled = arrays::samples(sampled_token_ids, "sampled_token_ids")?;
         let counts = arguments::optional(num_sampled, |ids| arrays::counts(ids, "num_sampled"))?;
         let failed = arguments::optional(failed, |flags| arrays::flags(flags, "failed"))?;
-        let result = self.call(py, |scheduler| {
+        let result = self.weighed(py, scheduler::Scheduler::size_of_update, |scheduler| {
             scheduler
                 .update(step, &sampled, counts.as_deref(), failed.as_deref())
                 .cloned()
@@ -267,8 +285,7 @@ impl Scheduler {
         let id = arguments::text(request_id, "request_id")?;
         let reason = EndReason::from(arguments::text(reason, "reason")?.as_str());
         let index = arguments::optional(index, |i| arguments::size(i, "index"))?;
-        self.call(request_id.py(), |scheduler| scheduler.finish(&id, &reason, index))
-            .map(|e| ended(&e))
+        self.end(request_id.py(), &id, &reason, index)
     }
 
     /// Ends a request with "abort". A step in flight goes on; what it samples for the request is ignored.
@@ -280,8 +297,7 @@ impl Scheduler {
     ///     UnknownRequestError: there is no such request, or it has ended.
     fn abort(&self, request_id: &Bound<'_, PyAny>) -> PyResult<Vec<Ended>> {
         let id = arguments::text(request_id, "request_id")?;
-        self.call(request_id.py(), |scheduler| scheduler.abort(&id))
-            .map(|e| ended(&e))
+        self.end(request_id.py(), &id, &EndReason::Abort, None)
     }
 
     /// Where a request is, and what keeps it from getting tokens. O(n).

@@ -33,6 +33,8 @@ pub(super) struct Sample {
 pub(super) struct InFlight {
     pub step: Option<Step>,
     pub num_tokens: usize,
+    /// Blocks of its longest sequence.
+    pub width: usize,
     pub entries: Vec<Entry>,
     pub samples: Vec<Sample>,
     /// Block copies, whose sources are held until they were made.
@@ -80,6 +82,7 @@ impl InFlight {
         Self {
             step: None,
             num_tokens: 0,
+            width: 0,
             entries: Vec::with_capacity(rows),
             samples: Vec::with_capacity(rows),
             copies: Vec::new(),

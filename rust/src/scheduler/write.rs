@@ -96,6 +96,7 @@ impl Scheduler {
         in_flight
             .started
             .retain(|started| rows.live(started.row, started.uid).is_some());
+        in_flight.width = draft.max_seq_len.div_ceil(self.config.block_size);
         in_flight.num_tokens = self.config.max_num_batched_tokens - draft.tokens_left;
         let counts = PlanCounts {
             step,
@@ -104,7 +105,7 @@ impl Scheduler {
             num_samples: draft.num_samples,
             max_query_len: draft.max_query_len,
             max_seq_len: draft.max_seq_len,
-            width: draft.max_seq_len.div_ceil(self.config.block_size),
+            width: in_flight.width,
             table_updates: self.limits.max_table_updates - draft.updates_left,
             block_copies: in_flight.copies.len(),
             blocks_to_zero: in_flight.blocks_to_zero.len(),

@@ -18,6 +18,36 @@ pub fn mix(mut x: u64) -> u64 {
     x ^ (x >> 31)
 }
 
+/// A small generator (SplitMix64): the same numbers from the same seed for ever.
+pub struct Rng(pub u64);
+
+#[allow(dead_code)] // each file of tests uses some of it
+impl Rng {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        mix(self.0)
+    }
+
+    /// A number below `n`.
+    pub fn below(&mut self, n: usize) -> usize {
+        usize::try_from(self.next() % n as u64).unwrap()
+    }
+
+    /// A number from `low` to `high`, both included.
+    pub fn between(&mut self, low: usize, high: usize) -> usize {
+        low + self.below(high - low + 1)
+    }
+
+    /// True once in `n` times.
+    pub fn one_in(&mut self, n: usize) -> bool {
+        self.below(n) == 0
+    }
+
+    pub fn pick<'a, T>(&mut self, items: &'a [T]) -> &'a T {
+        &items[self.below(items.len())]
+    }
+}
+
 fn fold(hash: u64, value: u64) -> u64 {
     mix(hash.wrapping_mul(0x2545_f491_4f6c_dd1d) ^ value)
 }
@@ -33,19 +63,46 @@ fn sample(tags: impl Iterator<Item = u64>, index: usize, vocab_size: u32) -> u32
     u32::try_from(hash % u64::from(vocab_size)).unwrap()
 }
 
+/// Positions whose content token ids do not tell, and what it is.
+pub type Content = Option<(std::ops::Range<usize>, u64)>;
+
+/// What is computed at a position differs by namespace, and by content.
+fn world(namespace: u64, content: &Content, position: usize) -> u64 {
+    match content {
+        Some((range, what)) if range.contains(&position) => fold(namespace, *what),
+        _ => namespace,
+    }
+}
+
 /// A slot whose content must never be read.
 const UNWRITTEN: u64 = 0;
+
+/// What somebody outside all sequences fills blocks with.
+const FILLED: u64 = u64::MAX;
 
 /// The tokens that sequence `index` of a request generates when it is alone in the world.
 #[allow(dead_code)] // not every file of tests compares outputs
 pub fn alone(namespace: u64, prompt: &[u32], index: usize, max_len: usize, stop: &[u32], vocab_size: u32) -> Vec<u32> {
+    alone_with(namespace, &None, prompt, index, max_len, stop, vocab_size)
+}
+
+/// The same for a prompt with content.
+pub fn alone_with(
+    namespace: u64,
+    content: &Content,
+    prompt: &[u32],
+    index: usize,
+    max_len: usize,
+    stop: &[u32],
+    vocab_size: u32,
+) -> Vec<u32> {
     let mut tags: Vec<u64> = Vec::new();
     let mut output: Vec<u32> = Vec::new();
     let mut tokens = prompt.to_vec();
     loop {
         for (position, &token) in tokens.iter().enumerate().skip(tags.len()) {
             let before = tags.last().copied().unwrap_or(UNWRITTEN);
-            tags.push(tag(namespace, position, token, before));
+            tags.push(tag(world(namespace, content, position), position, token, before));
         }
         let token = sample(tags.iter().copied(), index, vocab_size);
         output.push(token);
@@ -73,6 +130,8 @@ pub struct Server {
     vocab_size: u32,
     /// A table as it would be kept on a device, changed by `table_updates` alone.
     device_table: Vec<HashMap<i32, i32>>,
+    /// Of the requests that have some.
+    pub contents: HashMap<String, Content>,
     /// Of everything that was planned.
     pub trace: u64,
 }
@@ -86,6 +145,7 @@ impl Server {
             block_size,
             vocab_size,
             device_table: vec![HashMap::new(); max_num_seqs],
+            contents: HashMap::new(),
             trace: 0,
         }
     }
@@ -117,6 +177,7 @@ impl Server {
                 "row {row}"
             );
             let namespace = namespace_of(request_id);
+            let content = self.contents.get(&**request_id).cloned().flatten();
             let table = plan.block_table().row(i);
             let blocks = index(plan.seq_lens()[i]).div_ceil(self.block_size);
             for (entry, &block) in (0..).zip(&table[..blocks]) {
@@ -139,17 +200,10 @@ impl Server {
                 let slot = usize::try_from(plan.slot_mapping()[t]).expect("a slot");
                 assert!(written.insert(slot), "slot {slot} is written twice in one step");
                 let token = u32::try_from(plan.input_ids()[t]).expect("a known token");
-                self.slots[slot] = tag(namespace, position, token, before);
+                self.slots[slot] = tag(world(namespace, &content, position), position, token, before);
                 self.namespaces[slot] = Some(namespace);
             }
-            for &block in &table[..blocks] {
-                let start = index(block) * self.block_size;
-                let foreign = self.namespaces[start..start + self.block_size]
-                    .iter()
-                    .flatten()
-                    .find(|&&n| n != namespace);
-                assert_eq!(foreign, None, "block {block} of {request_id} holds another's content");
-            }
+            self.check_content(namespace, &table[..blocks], request_id);
         }
         let mut sampled = Vec::new();
         for (&token, &row) in plan.logits_indices().iter().zip(plan.sample_seqs()) {
@@ -167,8 +221,59 @@ impl Server {
         sampled
     }
 
+    /// R6: no block of a table holds another tenant's content.
+    fn check_content(&self, namespace: u64, table: &[i32], whose: &str) {
+        for &block in table {
+            let mut content = self.namespaces[self.slots_of(index(block))].iter().flatten();
+            let foreign = content.find(|&&n| n != namespace);
+            assert_eq!(foreign, None, "block {block} of {whose} holds another's content");
+        }
+    }
+
+    fn slots_of(&self, block: usize) -> std::ops::Range<usize> {
+        block * self.block_size..(block + 1) * self.block_size
+    }
+
     fn read(&self, table: &[i32], position: usize) -> u64 {
         self.slots[index(table[position / self.block_size]) * self.block_size + position % self.block_size]
+    }
+
+    /// Somebody outside all sequences fills a block with what must stay there, or cleans it.
+    #[allow(dead_code)]
+    pub fn fill(&mut self, block: usize, full: bool) {
+        let slots = self.slots_of(block);
+        self.slots[slots.clone()].fill(if full { FILLED } else { UNWRITTEN });
+        self.namespaces[slots].fill(full.then_some(FILLED));
+    }
+
+    #[allow(dead_code)]
+    pub fn check_filled(&self, block: usize) {
+        let slots = &self.slots[self.slots_of(block)];
+        assert!(slots.iter().all(|&slot| slot == FILLED), "block {block} was written to");
+    }
+
+    /// A sequence that is no request's computes its tokens from position `start` on.
+    #[allow(dead_code)]
+    pub fn write(&mut self, namespace: u64, tokens: &[u32], start: usize, table: &[pagedcore::BlockId]) {
+        let table: Vec<i32> = table.iter().map(|block| block.0.cast_signed()).collect();
+        for (position, &token) in tokens.iter().enumerate().skip(start) {
+            let before = position.checked_sub(1).map_or(UNWRITTEN, |p| self.read(&table, p));
+            let slot = index(table[position / self.block_size]) * self.block_size + position % self.block_size;
+            self.slots[slot] = tag(namespace, position, token, before);
+            self.namespaces[slot] = Some(namespace);
+        }
+        self.check_content(namespace, &table, "another owner's sequence");
+    }
+
+    /// Has such a sequence what it computed?
+    #[allow(dead_code)]
+    pub fn check_written(&self, namespace: u64, tokens: &[u32], table: &[pagedcore::BlockId]) {
+        let table: Vec<i32> = table.iter().map(|block| block.0.cast_signed()).collect();
+        let mut before = UNWRITTEN;
+        for (position, &token) in tokens.iter().enumerate() {
+            before = tag(namespace, position, token, before);
+            assert_eq!(self.read(&table, position), before, "position {position} of {tokens:?}");
+        }
     }
 
     /// Zeroes, then copies. The copies of a step may run in any order, so no destination is a source.
