@@ -61,6 +61,7 @@ build: $(BUILT) ## Compile the package into .venv without torch
 
 .PHONY: run
 run: $(READY) $(MODEL) ## The main job: answer 64 prompts with SmolLM2-135M out of paged memory
+	$(say) "load torch and the model (some seconds), then answer 64 prompts"
 	@.venv/bin/python docs/examples/answer_prompts.py --model $(MODEL) $(ARGS)
 
 .PHONY: test

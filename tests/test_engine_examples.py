@@ -94,6 +94,7 @@ def stats(**changes):
 @pytest.mark.parametrize("color", [True, False])
 def test_the_live_view_in_a_terminal(monkeypatch, color):
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.delenv("NO_COLOR", raising=False)
     if not color:
         monkeypatch.setenv("NO_COLOR", "1")
@@ -101,13 +102,54 @@ def test_the_live_view_in_a_terminal(monkeypatch, color):
     view = load("live_view").LiveView(64, out)
     view.update(stats(running=5, waiting=59, last_step_blocks=100, sampled_tokens=10), 3)
     first = out.getvalue()
-    assert "answered      3 of 64" in first
+    assert re.search(r"answered +3 of +64 ", first)
     assert "100 of 400" in first
     assert ("\x1b[1m" in first) == color
     view.update(stats(sampled_tokens=1), 4)
     assert out.getvalue() == first, "not redrawn more often than the eye can follow"
     view.update(stats(sampled_tokens=4000), 64, final=True)
     assert "\x1b[3F" in out.getvalue(), "redrawn in place"
+
+
+def lines_of(text):
+    """What a terminal shows, without what it obeys."""
+    return [re.sub(r"\x1b\[[0-9]*[A-Za-z]", "", line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("width", [61, 80, 120, 200])
+def test_no_line_of_the_live_view_is_broken(monkeypatch, width):
+    """A line that the terminal breaks is two, and going up by the number of lines then leaves remains behind."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(width))
+    out = Terminal()
+    view = load("live_view").LiveView(64, out)
+    view._started -= 1000
+    busy = {"num_blocks": 99_999, "last_step_blocks": 99_999, "sampled_tokens": 10**5}
+    view.update(stats(running=512, waiting=99_999, **busy), 64, final=True)
+    assert max(map(len, lines_of(out.getvalue()))) < width
+
+
+def test_a_narrow_terminal_gets_plain_lines(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "40")
+    out = Terminal()
+    load("live_view").LiveView(64, out).update(stats(), 64, final=True)
+    assert "\x1b" not in out.getvalue()
+
+
+def test_wide_characters_and_what_a_terminal_obeys():
+    screen = load("screen")
+    assert screen.cells("日本語") == 6
+    assert screen.cells("e\u0301") == 1
+    assert screen.plain("a\x1b[2Jb\n c\x07") == "a\ufffd[2Jb c\ufffd"
+    text = "東京" * 30 + " and some words " + "日本 " * 20 + "x" * 70
+    lines = screen.wrap(text, 40, indent="    ")
+    assert all(screen.cells(line) <= 40 for line in lines)
+    assert "".join("".join(lines).split()) == "".join(text.split())
+    assert screen.cells(screen.shorten("東京" * 30, 40)) <= 40
+    assert screen.shorten("short", 40) == "short"
+    assert screen.wrap("", 40) == []
+    assert screen.wrap("東", 1) == ["東"], "a screen too narrow for anything ends nevertheless"
 
 
 def test_the_live_view_elsewhere():

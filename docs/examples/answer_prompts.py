@@ -12,18 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import textwrap
 import time
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from live_view import LiveView
 from padded_batches import Figures, answer_in_padded_batches
 from pagedcore import SamplingParams, environment, models
 from pagedcore.engine import Engine
 from pagedcore.outputs import RequestOutput
+from screen import columns, plain, shorten, wrap
 
 PROMPTS = Path(__file__).with_name("prompts.toml")
 SHOWN = (0, 17, 37, 44)  # prompts whose answers are printed
@@ -66,29 +65,19 @@ def answer(engine: Engine, prompts: list[Prompt]) -> tuple[Figures, list[Request
     """Adds all prompts, steps the engine until all are answered, and shows how it goes."""
     view = LiveView(len(prompts))
     finished: dict[str, RequestOutput] = {}
-    answers: dict[str, dict[int, Any]] = {}
     started = time.monotonic()
     for number, prompt in enumerate(prompts):
         engine.add_request(str(number), engine.tokenizer.encode_chat(prompt.messages), prompt.params)
     while engine.has_unfinished:
-        for output in engine.step():
-            answers.setdefault(output.request_id, {}).update(
-                {completion.index: completion for completion in output.outputs}
-            )
-            if output.finished:
-                finished[output.request_id] = output
+        finished |= {output.request_id: output for output in engine.step() if output.finished}
         view.update(engine.stats(), len(finished))
     seconds = time.monotonic() - started
     stats = engine.stats()
     view.update(stats, len(finished), final=True)
-    outputs = []
-    for number in range(len(prompts)):
-        last = finished[str(number)]
-        last.outputs[:] = [completion for _, completion in sorted(answers[str(number)].items())]
-        outputs.append(last)
+    outputs = [finished[str(number)] for number in range(len(prompts))]
     figures = Figures(
         requests=len(outputs),
-        prompt_tokens=sum(len(output.prompt_token_ids) for output in outputs),
+        prompt_tokens=sum(len(output.prompt_tokens) for output in outputs),
         output_tokens=sum(completion.num_tokens for output in outputs for completion in output.outputs),
         seconds=seconds,
         times_to_first_token=[output.metrics.time_to_first_token or seconds for output in outputs],
@@ -103,14 +92,14 @@ def answer(engine: Engine, prompts: list[Prompt]) -> tuple[Figures, list[Request
 
 def show_answers(prompts: list[Prompt], outputs: list[RequestOutput]) -> None:
     """Prints a few of the questions with their answers."""
+    width = columns()
     for number in SHOWN:
-        question = prompts[number].text.replace("\n", " ")
-        print(f"\n[{number}] {textwrap.shorten(question, 110, placeholder=' ...')}")
+        print("\n" + shorten(f"[{number}] {plain(prompts[number].text)}", width))
+        several = len(outputs[number].outputs) > 1
         for completion in outputs[number].outputs:
-            mark = f"({completion.index + 1}) " if len(outputs[number].outputs) > 1 else ""
-            end = "" if completion.finish_reason == "stop" else " ..."
-            text = " ".join((mark + completion.text + end).split())
-            print(textwrap.fill(text, 116, initial_indent="    ", subsequent_indent="    "))
+            mark = f"({completion.index + 1}) " if several else ""
+            end = " ..." if completion.finish_reason == "length" else ""
+            print("\n".join(wrap(mark + plain(completion.text) + end, width, indent="    ")))
 
 
 def show_table(columns: dict[str, Figures]) -> None:
@@ -143,7 +132,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, type=Path, help="model directory, or GGUF file")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures and all answers to FILE")
-    parser.add_argument("--max-tokens", type=int, default=80, help="longest answer (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=64, help="longest answer (default: %(default)s)")
     parser.add_argument("--max-num-seqs", type=int, default=32, help="answers written at once (default: %(default)s)")
     parser.add_argument("--num-blocks", type=int, default=400, help="KV blocks (default: %(default)s)")
     parser.add_argument("--block-size", type=int, default=16, help="tokens in a block (default: %(default)s)")
@@ -156,6 +145,7 @@ def main() -> int:
         help="prompts for the padded batches, 0 for none (default: %(default)s)",
     )
     options = parser.parse_args()
+    sys.stdout.reconfigure(errors="replace")  # what a model writes need not be in the terminal's character set
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -182,7 +172,7 @@ def main() -> int:
     if options.baseline:
         step = max(1, len(prompts) // options.baseline)
         chosen = range(0, len(prompts), step)[: options.baseline]
-        print(f"\npadded batches of 8 in transformers, {len(chosen)} of the prompts ...", flush=True)
+        print(f"\n{len(chosen)} of the prompts in padded batches of 8, by transformers' generate", flush=True)
         columns["padded batches"], _ = answer_in_padded_batches(
             directory,
             [outputs[i].prompt_token_ids for i in chosen],
@@ -190,6 +180,7 @@ def main() -> int:
             batch_size=8,
             dtype=model.dtype,
             kv_bytes_per_token=kv_bytes_per_token,
+            on_progress=lambda seconds, tokens: print(f"{seconds:5.1f} s  {tokens} tokens", flush=True),
         )
     show_table(columns)
     if options.json:

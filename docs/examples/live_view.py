@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import time
 from typing import TextIO
 
-from pagedcore.engine import EngineStats
+from pagedcore.outputs import EngineStats
+from screen import columns
 
 _REDRAW_EVERY = 0.2  # seconds, in a terminal
 _PRINT_EVERY = 5.0  # seconds, elsewhere
 _RATE_OVER = 3.0  # seconds that the shown tokens/s are averaged over
+_NARROWEST = 60  # columns; in fewer a line could be broken by the terminal, which an update in place does not survive
 
 
 class LiveView:
@@ -21,7 +22,7 @@ class LiveView:
     def __init__(self, total: int, out: TextIO = sys.stdout) -> None:
         self._total = total
         self._out = out
-        self._in_place = out.isatty() and os.environ.get("TERM") != "dumb"
+        self._in_place = out.isatty() and os.environ.get("TERM") != "dumb" and columns() >= _NARROWEST
         self._color = self._in_place and not os.environ.get("NO_COLOR")
         self._started = time.monotonic()
         self._shown = 0.0
@@ -55,24 +56,28 @@ class LiveView:
         )
 
     def _draw(self, stats: EngineStats, done: int, rate: float, seconds: float) -> None:
-        width = max(40, min(100, shutil.get_terminal_size().columns - 1))
-        bar = width - 36
         used, total = stats.last_step_blocks, stats.num_blocks
-        answered = self._bar(done / self._total, bar, "32")
-        in_use = self._bar(used / total, bar, "36")
+        digits = len(f"{max(self._total, total):,}")
         counts = (("tokens/s", f"{rate:,.0f}"), ("running", stats.running), ("waiting", stats.waiting))
         lines = [
-            f"answered {done:6,} of {self._total:<6,} {answered} {seconds:5.1f} s",
-            f"blocks   {used:6,} of {total:<6,} {in_use} in use",
-            "   ".join(f"{self._bold(str(value))} {name}" for name, value in counts),
+            self._row("answered", done, self._total, digits, "32", ""),
+            self._row("blocks", used, total, digits, "36", " in use"),
+            " · ".join([f"{self._bold(str(value))} {name}" for name, value in counts] + [f"{seconds:.1f} s"]),
         ]
         up = f"\x1b[{self._lines}F" if self._lines else ""
         self._out.write(up + "".join(f"\x1b[2K{line}\n" for line in lines))
         self._out.flush()
         self._lines = len(lines)
 
+    def _row(self, name: str, count: int, total: int, digits: int, color: str, unit: str) -> str:
+        """``name  count of total  bar  percent``, as wide as the screen, at most 100 columns."""
+        share = max(0.0, min(1.0, count / total))
+        before, after = f"{name:8}  {count:>{digits},} of {total:>{digits},}  ", f"  {share:4.0%}"
+        bar = self._bar(share, columns(100) - len(before) - len(after) - len(" in use"), color)
+        return before + bar + after + unit
+
     def _bar(self, share: float, width: int, color: str) -> str:
-        full = round(max(0.0, min(1.0, share)) * width)
+        full = round(share * width)
         text, rest = "█" * full, "░" * (width - full)
         return f"\x1b[{color}m{text}\x1b[0m{rest}" if self._color else text + rest
 

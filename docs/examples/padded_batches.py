@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,15 +56,26 @@ class Figures:
         }
 
 
-class _FirstStep(StoppingCriteria):
-    """Never stops anything; notes when the first step was done."""
+_TELL_EVERY = 5.0  # seconds
 
-    def __init__(self) -> None:
-        self.time: float | None = None
+
+class _Watch(StoppingCriteria):
+    """Never stops anything; notes when the first step was done, and tells every few seconds how far it has come."""
+
+    def __init__(self, started: float, on_progress: Callable[[float, int], None]) -> None:
+        self.first_step: float | None = None
+        self._started = self._told = started
+        self._on_progress = on_progress
+        self._tokens = 0
 
     def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        if self.time is None:
-            self.time = time.monotonic()
+        now = time.monotonic()
+        self._tokens += len(input_ids)
+        if self.first_step is None:
+            self.first_step = now
+        if now - self._told >= _TELL_EVERY:
+            self._told = now
+            self._on_progress(now - self._started, self._tokens)
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
@@ -76,12 +87,13 @@ def answer_in_padded_batches(
     batch_size: int,
     dtype: torch.dtype,
     kv_bytes_per_token: int,
+    on_progress: Callable[[float, int], None] = lambda _seconds, _tokens: None,
 ) -> tuple[Figures, list[list[int]]]:
     """Greedy answers to the prompts, in their order, ``batch_size`` at a time, each batch padded to its longest prompt.
 
     A batch runs until its last answer has ended, and its cache has a place for every sequence and every position.
-    Every request is there from the start, so a later batch waits for the earlier ones. Returns the figures and the
-    answers' token ids.
+    Every request is there from the start, so a later batch waits for the earlier ones. ``on_progress`` gets seconds and
+    tokens of the batch every few seconds. Returns the figures and the answers' token ids.
     """
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=False).eval()
     ends = model.generation_config.eos_token_id
@@ -96,7 +108,7 @@ def answer_in_padded_batches(
         longest = max(map(len, batch))
         ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in batch])
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in batch])
-        watch = _FirstStep()
+        watch = _Watch(started, on_progress)
         with torch.inference_mode():
             out = model.generate(
                 ids, attention_mask=mask, max_new_tokens=max(limits), do_sample=False, stopping_criteria=[watch]
@@ -105,7 +117,7 @@ def answer_in_padded_batches(
         for prompt, row, limit in zip(batch, out[:, longest:].tolist(), limits, strict=True):
             end = next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
             answers.append(row[: min(end, limit)])
-            times.append((watch.time or started) - started)
+            times.append((watch.first_step or started) - started)
             # A sequence that has ended keeps its place, and all of it is padding to no use from then on.
             held += sum(len(prompt) + step for step in range(min(end, limit)))
         slots += sum(len(batch) * (longest + step) for step in range(steps))
