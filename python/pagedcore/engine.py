@@ -453,5 +453,4 @@ class Engine:
 
 def _layout(model: models.LoadedModel, num_blocks: int, block_size: int) -> KVCacheLayout:
     shape = model.layers[0]
-    dtype = str(model.dtype).removeprefix("torch.")
-    return KVCacheLayout(num_blocks, block_size, len(model.layers), shape.num_kv_heads, shape.head_dim, dtype)
+    return KVCacheLayout(num_blocks, block_size, len(model.layers), shape.num_kv_heads, shape.head_dim, model.dtype)

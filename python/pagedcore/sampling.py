@@ -154,19 +154,19 @@ class Sampler:
         Returns (token ids int64 [num_samples], failed bool [num_samples]). A sample fails if its logits hold NaN or
         +inf, or nothing above -inf; its token id is 0 and means nothing. O(num_samples * vocab).
         """
-        best, tokens = logits.max(dim=-1)  # NaN counts as the greatest
-        failed = ~torch.isfinite(best)
-        tokens = tokens.masked_fill_(failed, 0)
-        chosen, failed_rows = tokens.numpy(), failed.numpy()
-        random = np.flatnonzero(~self._greedy[rows] & ~failed_rows)
+        # On the CPU NumPy's argmax takes a tenth of the time of torch's. It takes NaN for the greatest, and the first
+        # of equals.
+        chosen = logits.float().numpy().argmax(axis=-1)
+        best = logits.gather(1, torch.from_numpy(chosen)[:, None]).float()
+        failed = ~torch.isfinite(best)[:, 0].numpy()
+        chosen[failed] = 0
+        random = np.flatnonzero(~self._greedy[rows] & ~failed)
         if random.size:
             of = rows[random]
-            scaled = (logits[random].float() - best[random, None].float()) / torch.from_numpy(self._temperature[of])[
-                :, None
-            ]
+            scaled = (logits[random].float() - best[random]) / torch.from_numpy(self._temperature[of])[:, None]
             u = uniform(self._key[of], (positions[random] - self._prompt_len[of]).astype(np.uint64))
             chosen[random] = draw(scaled, self._top_k[of], self._top_p[of], u)
-        return chosen, failed_rows
+        return chosen, failed
 
 
 def draw(logits: torch.Tensor, top_k: np.ndarray, top_p: np.ndarray, u: np.ndarray) -> np.ndarray:
