@@ -365,7 +365,8 @@ impl PrefixCache {
             .iter()
             .filter(|&node| root.is_none_or(|root| self.trie.namespace(node) == root))
             .collect();
-        for &node in &nodes {
+        // Backwards, so that the places are given out again in ascending order: see `Trie::find`.
+        for &node in nodes.iter().rev() {
             pool.unpublish(self.trie.block(node));
             self.forget(node);
         }

@@ -2,8 +2,11 @@
 //!
 //! A node stands for one full block of tokens after everything above it. It is found by (parent, the block's tokens,
 //! the content in it): one hash table over all nodes narrows the search, and the tokens are compared, so that two
-//! different prompts never meet. The table is an array of chain heads with the links in the nodes: no tombstones, no
-//! pause to grow, and as zeroed pages it costs nothing until used.
+//! different prompts never meet. The table is an array of chain heads with links both ways in the nodes: no tombstones, no
+//! pause to grow, removal without a walk, and as zeroed pages it costs nothing until used.
+//!
+//! A run of blocks is committed at once and gets neighbouring places, so the node after the parent's is tried before the
+//! table: following a long prefix reads memory in order, and hashes nothing.
 //!
 //! A node is *pinned* while its block is (somebody holds it, or a step in flight reads it), or a child is pinned.
 //! [`Trie::pin`] and [`Trie::unpin`] count those reasons and pass the change on to the parent, so that the eviction
@@ -27,14 +30,17 @@ struct Node {
     namespace: u32,
     /// Where the tokens' keys and values are. The null block marks a place that is free.
     block: BlockId,
-    /// Of parent, tokens and content: what the table is made of.
-    hash: u32,
+    /// The node before in the chain of the table; for the first one the chain's number, marked with `HEAD`.
+    before: u32,
     /// The next node in the chain of the table, or in the list of free places.
     chain: u32,
     /// Reasons against eviction: the block's own, and one per pinned child.
     pins: u32,
     generation: u32,
 }
+
+/// Marks the number of a chain where the number of a node could stand; both are below 2³¹.
+const HEAD: u32 = 1 << 31;
 
 /// A hasher seeded at random per cache, against prompts made to collide.
 ///
@@ -154,7 +160,8 @@ impl Trie {
         self.content.get(&node).map_or(&[], |parts| &**parts)
     }
 
-    fn hash(&self, query: &Query<'_>) -> u32 {
+    /// The chain that the node of `query` is in.
+    fn chain_of(&self, query: &Query<'_>) -> u32 {
         let mut hasher = self.seed.0.build_hasher();
         hasher.write(bytemuck::cast_slice(query.tokens));
         for part in query.content {
@@ -162,49 +169,55 @@ impl Trie {
         }
         // The parent last: the hash of the next block's tokens does not wait for this block's node.
         hasher.write_u64(u64::from(number(query.parent)) << 32 | u64::from(query.namespace));
-        (hasher.finish() >> 32) as u32
-    }
-
-    fn chain_of(&self, hash: u32) -> usize {
         // Below the number of heads, without a division.
-        ((u64::from(hash) * self.heads.len() as u64) >> 32) as usize
+        #[allow(clippy::cast_possible_truncation)] // which is below 2³¹, as that of blocks
+        let chain = (((hasher.finish() >> 32) * self.heads.len() as u64) >> 32) as u32;
+        chain
     }
 
     /// The node of a block of tokens. O(block size) on average.
     pub(crate) fn find(&self, query: &Query<'_>) -> Option<NodeId> {
-        let hash = self.hash(query);
-        let mut next = NodeId::new(self.heads[self.chain_of(hash)]);
-        while let Some(id) = next {
-            let node = &self.nodes[id.index()];
-            let found = node.hash == hash
-                && node.parent == number(query.parent)
-                && node.namespace == query.namespace
-                && self.tokens(id) == query.tokens
-                && (self.content.is_empty() && query.content.is_empty() || self.content(id) == query.content);
-            if found {
-                return Some(id);
-            }
-            next = NodeId::new(node.chain);
-        }
-        None
+        let neighbour = query.parent.and_then(|parent| NodeId::new(parent.get() + 1));
+        neighbour
+            .filter(|&id| id.index() < self.nodes.len() && self.is_at(id, query))
+            .or_else(|| self.find_in_chain(query))
+    }
+
+    fn find_in_chain(&self, query: &Query<'_>) -> Option<NodeId> {
+        let first = NodeId::new(self.heads[self.chain_of(query) as usize]);
+        let mut chain = std::iter::successors(first, |id| NodeId::new(self.nodes[id.index()].chain));
+        chain.find(|&id| self.is_at(id, query))
+    }
+
+    /// Is this the node that `query` asks for? The parent comes first: it tells most others apart.
+    fn is_at(&self, id: NodeId, query: &Query<'_>) -> bool {
+        let node = &self.nodes[id.index()];
+        node.parent == number(query.parent)
+            && node.block != BlockId::NULL
+            && node.namespace == query.namespace
+            && self.tokens(id) == query.tokens
+            && (self.content.is_empty() && query.content.is_empty() || self.content(id) == query.content)
     }
 
     /// Adds a node that is not there, whose block is pinned. O(block size), amortised.
     pub(crate) fn insert(&mut self, query: &Query<'_>, block: BlockId) -> NodeId {
-        let hash = self.hash(query);
-        let chain = self.chain_of(hash);
+        let chain = self.chain_of(query);
         let id = self.take_place();
+        let after = self.heads[chain as usize];
+        if after != 0 {
+            self.nodes[after as usize].before = id.get();
+        }
         let node = &mut self.nodes[id.index()];
         *node = Node {
             parent: number(query.parent),
             namespace: query.namespace,
             block,
-            hash,
-            chain: self.heads[chain],
+            before: HEAD | chain,
+            chain: after,
             pins: 1,
             generation: node.generation,
         };
-        self.heads[chain] = id.get();
+        self.heads[chain as usize] = id.get();
         self.tokens[id.index() * self.block_size..][..self.block_size].copy_from_slice(query.tokens);
         if !query.content.is_empty() {
             self.content.insert(id, query.content.into());
@@ -231,21 +244,19 @@ impl Trie {
         NodeId::new(index).unwrap_or_else(|| unreachable!("place 0 is made with the trie"))
     }
 
-    /// Takes out a node that is not pinned, or whose whole namespace goes. O(1) on average.
+    /// Takes out a node that is not pinned, or whose whole namespace goes. O(1).
     pub(crate) fn remove(&mut self, id: NodeId) {
         let node = self.nodes[id.index()];
         if node.pins == 0 {
             self.lru.remove(id);
         }
-        let head = self.chain_of(node.hash);
-        if self.heads[head] == id.get() {
-            self.heads[head] = node.chain;
+        if node.before & HEAD == 0 {
+            self.nodes[node.before as usize].chain = node.chain;
         } else {
-            let mut before = self.heads[head];
-            while self.nodes[before as usize].chain != id.get() {
-                before = self.nodes[before as usize].chain;
-            }
-            self.nodes[before as usize].chain = node.chain;
+            self.heads[(node.before ^ HEAD) as usize] = node.chain;
+        }
+        if node.chain != 0 {
+            self.nodes[node.chain as usize].before = node.before;
         }
         if !self.content.is_empty() {
             self.content.remove(&id);
@@ -263,12 +274,19 @@ impl Trie {
     pub(crate) fn least_recent(&self, out: &mut [NodeId]) -> usize {
         let list = std::iter::successors(self.lru.first(), |&id| self.lru.next(id));
         let count = list.zip(&mut *out).map(|(id, place)| *place = id).count();
-        // Where a large trie is not in the processor's caches, a removal is a chain of waits for memory: for the head
-        // of the hash chain, then for the node there. Asked for together, those of many nodes arrive together.
-        let heads = out[..count]
-            .iter()
-            .map(|id| self.heads[self.chain_of(self.nodes[id.index()].hash)]);
-        std::hint::black_box(heads.fold(0, |sum, head| sum ^ self.nodes[head as usize].chain));
+        // Where a large trie is not in the processor's caches, a removal waits for memory: for what is before and after
+        // the node in its chain. Asked for together, without a branch between, those of many nodes arrive together.
+        let neighbours = out[..count].iter().map(|id| {
+            let node = &self.nodes[id.index()];
+            let first = node.before & HEAD != 0;
+            let (head, before) = if first {
+                (node.before ^ HEAD, 0)
+            } else {
+                (0, node.before)
+            };
+            self.heads[head as usize] ^ self.nodes[before as usize].chain ^ self.nodes[node.chain as usize].before
+        });
+        std::hint::black_box(neighbours.fold(0, |sum, value| sum ^ value));
         count
     }
 
@@ -337,8 +355,17 @@ impl Trie {
                 tokens,
                 content,
             };
-            if self.find(&query) != Some(id) {
+            // Twice: a neighbour of its parent is found without the table, and must be in it all the same.
+            if self.find(&query) != Some(id) || self.find_in_chain(&query) != Some(id) {
                 return broken("P7", "the node found by a node's own tokens", id, 0, id.index());
+            }
+            let before = if node.before & HEAD == 0 {
+                self.nodes[node.before as usize].chain
+            } else {
+                self.heads[(node.before ^ HEAD) as usize]
+            };
+            if before != id.get() {
+                return broken("P7", "the link to a node in its chain", id, before as usize, id.index());
             }
         }
         if count != self.len {
