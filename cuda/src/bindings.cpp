@@ -97,34 +97,34 @@ void paged_attention(PyObject* const* values) {
   require_dtype(loc, {DType::i32});
 
   Sizes sizes;
-  sizes.match(q, {"num_tokens", "num_heads", "head_dim"});
-  sizes.match(k, {"num_blocks", "num_kv_heads", "block_size", "head_dim"});
-  sizes.match(v, {"num_blocks", "num_kv_heads", "block_size", "v_head_dim"});
-  sizes.match(lens, {"num_seqs"});
-  sizes.match(table, {given(block_table_rows) ? "table_rows" : "num_seqs", "max_blocks"});
-  sizes.match(loc, {"num_seqs + 1"});
-  sizes.match(o, {"num_tokens", "num_heads", "v_head_dim"});
+  sizes.match(q, {Axis::num_tokens, Axis::num_heads, Axis::head_dim});
+  sizes.match(k, {Axis::num_blocks, Axis::num_kv_heads, Axis::block_size, Axis::head_dim});
+  sizes.match(v, {Axis::num_blocks, Axis::num_kv_heads, Axis::block_size, Axis::v_head_dim});
+  sizes.match(lens, {Axis::num_seqs});
+  sizes.match(table, {given(block_table_rows) ? Axis::table_rows : Axis::num_seqs, Axis::max_blocks});
+  sizes.match(loc, {Axis::num_starts});
+  sizes.match(o, {Axis::num_tokens, Axis::num_heads, Axis::v_head_dim});
   require_writable(o);
-  for (const Tensor* read : {&q, &k, &v, &table, &lens, &loc}) require_disjoint(o, *read);
+  require_disjoint(o, {&q, &k, &v, &table, &lens, &loc});
 
   p.dtype = q.dtype;
-  p.num_tokens = sizes["num_tokens"];
-  p.num_blocks = sizes["num_blocks"];
-  p.max_blocks = sizes["max_blocks"];
-  p.num_heads = size32(q, "num_heads", sizes["num_heads"]);
-  p.head_dim = size32(q, "head_dim", sizes["head_dim"], 256);
-  p.num_kv_heads = size32(k, "num_kv_heads", sizes["num_kv_heads"]);
-  p.block_size = size32(k, "block_size", sizes["block_size"]);
-  p.v_head_dim = size32(v, "v_head_dim", sizes["v_head_dim"], 256);
+  p.num_tokens = sizes[Axis::num_tokens];
+  p.num_blocks = sizes[Axis::num_blocks];
+  p.max_blocks = sizes[Axis::max_blocks];
+  p.num_heads = size32(q, "num_heads", sizes[Axis::num_heads]);
+  p.head_dim = size32(q, "head_dim", sizes[Axis::head_dim], 256);
+  p.num_kv_heads = size32(k, "num_kv_heads", sizes[Axis::num_kv_heads]);
+  p.block_size = size32(k, "block_size", sizes[Axis::block_size]);
+  p.v_head_dim = size32(v, "v_head_dim", sizes[Axis::v_head_dim], 256);
   if (p.num_heads % p.num_kv_heads != 0) {
     refuse("query", "num_heads that is a multiple of num_kv_heads = " + std::to_string(p.num_kv_heads),
            std::to_string(p.num_heads));
   }
-  const int64_t num_seqs = sizes["num_seqs"];
+  const int64_t num_seqs = sizes[Axis::num_seqs];
   if (num_seqs > INT32_MAX - 1) refuse("seq_lens", "fewer than 2^31 sequences", std::to_string(num_seqs));
-  if (sizes["num_seqs + 1"] != num_seqs + 1) {
+  if (sizes[Axis::num_starts] != num_seqs + 1) {
     refuse("query_start_loc", std::to_string(num_seqs + 1) + " entries, one more than seq_lens has",
-           std::to_string(sizes["num_seqs + 1"]));
+           std::to_string(sizes[Axis::num_starts]));
   }
   p.num_seqs = static_cast<int32_t>(num_seqs);
   p.query = q.data;
@@ -149,16 +149,16 @@ void paged_attention(PyObject* const* values) {
       p.lse_token_stride = t.strides[0];
       p.lse_head_stride = t.strides[1];
     } else {
-      sizes.match(t, {"num_tokens", "num_heads"});
+      sizes.match(t, {Axis::num_tokens, Axis::num_heads});
     }
     require_writable(t);
-    for (const Tensor* other : {&q, &k, &v, &o, &table, &lens, &loc}) require_disjoint(t, *other);
+    require_disjoint(t, {&q, &k, &v, &o, &table, &lens, &loc});
     p.lse = t.as<float>();
   }
   if (given(block_table_rows)) {
     const Tensor& t = rows_tensor.emplace("block_table_rows", block_table_rows);
     require_dtype(t, {DType::i32});
-    sizes.match(t, {"num_seqs"});
+    sizes.match(t, {Axis::num_seqs});
     p.block_table_rows = t.as<const int32_t>();
   }
 
@@ -181,14 +181,14 @@ void reshape_and_cache(PyObject* const* values) {
   for (const Tensor* t : {&value, &k, &v}) require_same_dtype(*t, key);
   require_dtype(slots, {DType::i64});
   Sizes sizes;
-  sizes.match(key, {"num_tokens", "num_kv_heads", "head_dim"});
-  sizes.match(value, {"num_tokens", "num_kv_heads", "v_head_dim"});
-  sizes.match(k, {"num_blocks", "num_kv_heads", "block_size", "head_dim"});
-  sizes.match(v, {"num_blocks", "num_kv_heads", "block_size", "v_head_dim"});
-  sizes.match(slots, {"num_tokens"});
+  sizes.match(key, {Axis::num_tokens, Axis::num_kv_heads, Axis::head_dim});
+  sizes.match(value, {Axis::num_tokens, Axis::num_kv_heads, Axis::v_head_dim});
+  sizes.match(k, {Axis::num_blocks, Axis::num_kv_heads, Axis::block_size, Axis::head_dim});
+  sizes.match(v, {Axis::num_blocks, Axis::num_kv_heads, Axis::block_size, Axis::v_head_dim});
+  sizes.match(slots, {Axis::num_tokens});
   for (const Tensor* cache : {&k, &v}) {
     require_writable(*cache);
-    for (const Tensor* read : {&key, &value, &slots}) require_disjoint(*cache, *read);
+    require_disjoint(*cache, {&key, &value, &slots});
   }
   CacheWriteParams p{};
   p.key = key.data;
@@ -200,13 +200,13 @@ void reshape_and_cache(PyObject* const* values) {
   p.k = pages_of(k);
   p.v = pages_of(v);
   p.slot_mapping = slots.as<const int64_t>();
-  p.num_tokens = sizes["num_tokens"];
-  p.num_kv_heads = size32(k, "num_kv_heads", sizes["num_kv_heads"]);
-  p.block_size = size32(k, "block_size", sizes["block_size"]);
+  p.num_tokens = sizes[Axis::num_tokens];
+  p.num_kv_heads = size32(k, "num_kv_heads", sizes[Axis::num_kv_heads]);
+  p.block_size = size32(k, "block_size", sizes[Axis::block_size]);
   p.element_size = key.element_size;
-  p.key_bytes = sizes["head_dim"] * p.element_size;
-  p.value_bytes = sizes["v_head_dim"] * p.element_size;
-  without_gil([&] { cpu::reshape_and_cache(p, sizes["num_blocks"], threads); });
+  p.key_bytes = sizes[Axis::head_dim] * p.element_size;
+  p.value_bytes = sizes[Axis::v_head_dim] * p.element_size;
+  without_gil([&] { cpu::reshape_and_cache(p, sizes[Axis::num_blocks], threads); });
 }
 
 // A tensor's blocks with their inner axes in memory order and merged, so that a transposed view of a dense block is
@@ -263,10 +263,10 @@ void copy_blocks(PyObject* const* values) {
   const Tensor pairs("pairs", values[1]);
   require_dtype(pairs, {DType::i32});
   Sizes sizes;
-  sizes.match(pairs, {"num_pairs", "2"});
+  sizes.match(pairs, {Axis::num_pairs, Axis::pair});
   if (pairs.shape[1] != 2 || (pairs.shape[0] > 1 && pairs.strides[0] != 2))
     refuse("pairs", "contiguous int32 [num_pairs, 2]", "another shape or stride");
-  for (const Tensor& cache : blocks.tensors) require_disjoint(cache, pairs);
+  for (const Tensor& cache : blocks.tensors) require_disjoint(cache, {&pairs});
   without_gil([&] { cpu::copy_blocks(blocks.regions, pairs.as<const int32_t>(), pairs.shape[0], threads); });
 }
 
@@ -278,8 +278,8 @@ void zero_blocks(PyObject* const* values) {
   const Tensor ids("blocks", values[1]);
   require_dtype(ids, {DType::i32});
   Sizes sizes;
-  sizes.match(ids, {"count"});
-  for (const Tensor& cache : blocks.tensors) require_disjoint(cache, ids);
+  sizes.match(ids, {Axis::count});
+  for (const Tensor& cache : blocks.tensors) require_disjoint(cache, {&ids});
   without_gil([&] { cpu::zero_blocks(blocks.regions, ids.as<const int32_t>(), ids.shape[0], threads); });
 }
 
@@ -289,7 +289,7 @@ void read_range(PyObject* const* values) {
   const int threads = threads_of(values[1]);
   const Tensor t("tensor", values[0]);
   Sizes sizes;
-  sizes.match(t, {"elements"});
+  sizes.match(t, {Axis::elements});
   require_isa();
   without_gil([&] { cpu::read_range(t.data, t.shape[0] * t.element_size, threads); });
 }
@@ -301,8 +301,8 @@ void read_blocks(PyObject* const* values) {
   const Tensor t("tensor", values[0]), ids("blocks", values[1]);
   require_dtype(ids, {DType::i32});
   Sizes sizes;
-  sizes.match(t, {"num_blocks", "elements"});
-  sizes.match(ids, {"count"});
+  sizes.match(t, {Axis::num_blocks, Axis::elements});
+  sizes.match(ids, {Axis::count});
   for (int64_t i = 0; i < ids.shape[0]; ++i) {
     const int32_t id = ids.as<const int32_t>()[i];
     if (id < 0 || id >= t.shape[0])
@@ -311,6 +311,24 @@ void read_blocks(PyObject* const* values) {
   const cpu::BlockRegion region{t.data, t.shape[0], t.strides[0] * t.element_size, {}, {}, t.shape[1] * t.element_size};
   require_isa();
   without_gil([&] { cpu::read_blocks(region, ids.as<const int32_t>(), ids.shape[0], threads); });
+}
+
+// torch's tensor types, once pagedcore.torch has told them.
+PyTypeObject* torch_tensor = nullptr;
+PyTypeObject* torch_parameter = nullptr;
+
+void set_torch_types(const py::type& tensor, const py::type& parameter) {
+  torch_tensor = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
+  torch_parameter = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
+}
+
+PyObject* any_torch_subclass(PyObject*, PyObject* const* objects, Py_ssize_t count) {
+  for (Py_ssize_t i = 0; i < count && torch_tensor; ++i) {
+    PyTypeObject* const type = Py_TYPE(objects[i]);
+    if (type == torch_tensor || type == torch_parameter || !PyType_IsSubtype(type, torch_tensor)) continue;
+    Py_RETURN_TRUE;
+  }
+  Py_RETURN_FALSE;
 }
 
 #define PAGEDCORE_METHOD(function, signature, text)                                                     \
@@ -329,6 +347,8 @@ PyMethodDef methods[] = {
     PAGEDCORE_METHOD(zero_blocks, kZeroBlocks, "(caches, blocks, *, num_threads=None)"),
     PAGEDCORE_METHOD(read_range, kReadRange, "(tensor, *, num_threads=None)"),
     PAGEDCORE_METHOD(read_blocks, kReadBlocks, "(tensor, blocks, *, num_threads=None)"),
+    {"any_torch_subclass", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&any_torch_subclass)),
+     METH_FASTCALL, "any_torch_subclass(*objects)\n--\n\n"},
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -343,6 +363,7 @@ PYBIND11_MODULE(_kernels, m) {
     }
   });
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
+  m.def("set_torch_types", &set_torch_types, py::arg("tensor"), py::arg("parameter"));
   m.def("cpu_isa", [] {
     require_isa();
     return cpu::selected_isa().name;

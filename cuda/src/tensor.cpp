@@ -55,6 +55,8 @@ const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
   return api;
 }
 
+constexpr auto kNoType = static_cast<dlpack::TypeCode>(255);
+
 std::string shape_text(const Tensor& tensor) {
   std::string text = "[";
   for (int i = 0; i < tensor.ndim; ++i) text += (i ? ", " : "") + std::to_string(tensor.shape[static_cast<size_t>(i)]);
@@ -72,18 +74,19 @@ Tensor::Tensor(const char* name, py::handle object) : name(name) {
   require_memory();
 }
 
-int64_t Tensor::size() const {
-  int64_t n = 1;
-  for (int i = 0; i < ndim; ++i) n *= shape[static_cast<size_t>(i)];
-  return n;
+bool Tensor::empty() const {
+  for (int i = 0; i < ndim; ++i) {
+    if (shape[static_cast<size_t>(i)] == 0) return true;
+  }
+  return false;
 }
 
 // A torch tensor may have given its storage up, and a NumPy array may begin in the middle of an element.
 void Tensor::require_memory() const {
-  if (size() == 0) return;
+  if (empty()) return;
   if (!data)
     throw ArgumentError(Fault::invalid_argument, name, "a tensor with memory behind it", "one without storage");
-  if (reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(element_size) != 0) {
+  if ((reinterpret_cast<uintptr_t>(data) & static_cast<uintptr_t>(element_size - 1)) != 0) {
     throw ArgumentError(Fault::invalid_argument, name,
                         "memory aligned to its element size, " + std::to_string(element_size) + " bytes",
                         "misaligned memory");
@@ -98,7 +101,7 @@ void Tensor::require_cpu(int32_t device_type) const {
                           : "one on DLPack device type " + std::to_string(device_type));
 }
 
-void Tensor::set_dtype(uint8_t code, int bits, const std::string& shown) {
+bool Tensor::set_dtype(uint8_t code, int bits) {
   element_size = bits / 8;
   if (code == dlpack::kFloat && bits == 32)
     dtype = DType::f32;
@@ -113,8 +116,12 @@ void Tensor::set_dtype(uint8_t code, int bits, const std::string& shown) {
   else if (code == dlpack::kUInt && bits == 8)
     dtype = DType::u8;
   else
-    throw ArgumentError(Fault::invalid_argument, name, "dtype float32, float16, bfloat16, int32, int64 or uint8",
-                        shown);
+    return false;
+  return true;
+}
+
+void Tensor::refuse_dtype(const std::string& shown) const {
+  throw ArgumentError(Fault::invalid_argument, name, "dtype float32, float16, bfloat16, int32, int64 or uint8", shown);
 }
 
 bool Tensor::from_exchange_api(py::handle object) {
@@ -133,8 +140,9 @@ bool Tensor::from_exchange_api(py::handle object) {
   if (view.ndim > kMaxDims)
     throw ArgumentError(Fault::invalid_argument, name, "at most 6 dimensions", std::to_string(view.ndim));
   if (view.dtype.lanes != 1) throw ArgumentError(Fault::invalid_argument, name, "a scalar dtype", "a vector dtype");
-  set_dtype(view.dtype.code, view.dtype.bits,
-            "DLPack type (" + std::to_string(view.dtype.code) + ", " + std::to_string(view.dtype.bits) + " bits)");
+  if (!set_dtype(view.dtype.code, view.dtype.bits)) {
+    refuse_dtype("DLPack type (" + std::to_string(view.dtype.code) + ", " + std::to_string(view.dtype.bits) + " bits)");
+  }
   data = static_cast<char*>(view.data) + view.byte_offset;
   ndim = view.ndim;
   int64_t dense = 1;
@@ -157,17 +165,14 @@ bool Tensor::from_buffer(py::handle object) {
   read_only = view.readonly != 0;
   const char* format = view.format ? view.format : "B";
   if (*format == '@' || *format == '=' || *format == '<') ++format;
-  const std::string shown = std::string("buffer format '") + (view.format ? view.format : "B") + "'";
-  const int bits = static_cast<int>(view.itemsize) * 8;
   const bool single = format[0] != '\0' && format[1] == '\0';
-  if (single && std::strchr("fe", *format))
-    set_dtype(dlpack::kFloat, bits, shown);
-  else if (single && std::strchr("ilq", *format))
-    set_dtype(dlpack::kInt, bits, shown);
-  else if (single && *format == 'B')
-    set_dtype(dlpack::kUInt, bits, shown);
-  else
-    set_dtype(255, bits, shown);
+  const dlpack::TypeCode code = !single                       ? kNoType
+                                : std::strchr("fe", *format)  ? dlpack::kFloat
+                                : std::strchr("ilq", *format) ? dlpack::kInt
+                                : *format == 'B'              ? dlpack::kUInt
+                                                              : kNoType;
+  if (!set_dtype(code, static_cast<int>(view.itemsize) * 8))
+    refuse_dtype(std::string("buffer format '") + (view.format ? view.format : "B") + "'");
   if (view.ndim > kMaxDims)
     throw ArgumentError(Fault::invalid_argument, name, "at most 6 dimensions", std::to_string(view.ndim));
   data = static_cast<char*>(view.buf);
@@ -189,8 +194,8 @@ bool Tensor::from_array_interface(py::handle object) {
   const std::string dtype_text = py::str(object.attr("dtype"));
   const auto shape_tuple = py::cast<py::tuple>(interface["shape"]);
   const auto pointer = py::cast<py::tuple>(interface["data"]);
-  if (dtype_text != "bfloat16") set_dtype(255, 0, "dtype " + dtype_text);
-  set_dtype(dlpack::kBfloat, 16, dtype_text);
+  if (dtype_text != "bfloat16") refuse_dtype("dtype " + dtype_text);
+  set_dtype(dlpack::kBfloat, 16);
   if (shape_tuple.size() > kMaxDims)
     throw ArgumentError(Fault::invalid_argument, name, "at most 6 dimensions", std::to_string(shape_tuple.size()));
   data = reinterpret_cast<char*>(py::cast<uintptr_t>(pointer[0]));
@@ -201,6 +206,8 @@ bool Tensor::from_array_interface(py::handle object) {
   for (int i = ndim - 1; i >= 0; --i) {
     const auto axis = static_cast<size_t>(i);
     shape[axis] = py::cast<int64_t>(shape_tuple[axis]);
+    if (shape[axis] < 0)
+      throw ArgumentError(Fault::invalid_argument, name, "sizes of 0 or more", std::to_string(shape[axis]));
     if (given.is_none()) {
       strides[axis] = dense;
     } else {
@@ -215,24 +222,36 @@ bool Tensor::from_array_interface(py::handle object) {
   return true;
 }
 
-void Sizes::match(const Tensor& tensor, std::initializer_list<const char*> symbols) {
-  if (tensor.ndim != static_cast<int>(symbols.size())) {
+namespace {
+
+const char* axis_name(Axis axis) {
+  static constexpr const char* kNames[] = {
+      "num_tokens",   "num_heads",  "num_kv_heads", "head_dim",  "v_head_dim", "num_blocks", "block_size", "num_seqs",
+      "num_seqs + 1", "table_rows", "max_blocks",   "num_pairs", "2",          "count",      "elements"};
+  static_assert(sizeof kNames / sizeof *kNames == static_cast<size_t>(Axis::elements) + 1, "a name for every axis");
+  return kNames[static_cast<size_t>(axis)];
+}
+
+}  // namespace
+
+void Sizes::match(const Tensor& tensor, std::initializer_list<Axis> axes) {
+  if (tensor.ndim != static_cast<int>(axes.size())) {
     std::string expected = "[";
-    for (const char* symbol : symbols) expected += (expected.size() > 1 ? ", " : "") + std::string(symbol);
+    for (const Axis axis : axes) expected += (expected.size() > 1 ? ", " : "") + std::string(axis_name(axis));
     throw ArgumentError(Fault::invalid_argument, tensor.name, "shape " + expected + "]", shape_text(tensor));
   }
-  size_t axis = 0;
-  for (const char* symbol : symbols) {
-    const int64_t size = tensor.shape[axis++];
-    int i = 0;
-    while (i < count_ && std::strcmp(entries_[static_cast<size_t>(i)].symbol, symbol) != 0) ++i;
-    if (i == count_) {
-      entries_[static_cast<size_t>(count_++)] = {symbol, size, tensor.name};
-    } else if (const Entry& entry = entries_[static_cast<size_t>(i)]; entry.size != size) {
+  size_t i = 0;
+  for (const Axis axis : axes) {
+    int64_t& known = sizes_[static_cast<size_t>(axis)];
+    const char*& owner = owners_[static_cast<size_t>(axis)];
+    const int64_t size = tensor.shape[i++];
+    if (!owner) {
+      known = size;
+      owner = tensor.name;
+    } else if (known != size) {
       throw ArgumentError(Fault::invalid_argument, tensor.name,
-                          std::string(symbol) + " = " + std::to_string(entry.size) + " on axis " +
-                              std::to_string(axis - 1) +
-                              (entry.owner ? std::string(" (as ") + entry.owner + " has)" : ""),
+                          std::string(axis_name(axis)) + " = " + std::to_string(known) + " on axis " +
+                              std::to_string(i - 1) + " (as " + owner + " has)",
                           "shape " + shape_text(tensor));
     }
   }
@@ -241,13 +260,6 @@ void Sizes::match(const Tensor& tensor, std::initializer_list<const char*> symbo
     throw ArgumentError(Fault::invalid_argument, tensor.name, "a contiguous last axis (stride 1)",
                         "stride " + std::to_string(tensor.strides[last]));
   }
-}
-
-int64_t Sizes::operator[](const char* symbol) const {
-  for (int i = 0; i < count_; ++i) {
-    if (std::strcmp(entries_[static_cast<size_t>(i)].symbol, symbol) == 0) return entries_[static_cast<size_t>(i)].size;
-  }
-  throw std::logic_error(std::string("unknown size ") + symbol);
 }
 
 const char* dtype_name(DType dtype) {
@@ -314,11 +326,15 @@ Span span_of(const Tensor& tensor) {
 
 }  // namespace
 
-void require_disjoint(const Tensor& written, const Tensor& read) {
-  const Span a = span_of(written), b = span_of(read);
-  if (a.begin == a.end || b.begin == b.end || a.end <= b.begin || b.end <= a.begin) return;
-  throw ArgumentError(Fault::invalid_argument, written.name, std::string("memory apart from ") + read.name,
-                      "overlapping memory");
+void require_disjoint(const Tensor& written, std::initializer_list<const Tensor*> others) {
+  const Span a = span_of(written);
+  if (a.begin == a.end) return;
+  for (const Tensor* other : others) {
+    const Span b = span_of(*other);
+    if (b.begin == b.end || a.end <= b.begin || b.end <= a.begin) continue;
+    throw ArgumentError(Fault::invalid_argument, written.name, std::string("memory apart from ") + other->name,
+                        "overlapping memory");
+  }
 }
 
 }  // namespace pagedcore

@@ -32,7 +32,7 @@ class Tensor {
   std::array<int64_t, kMaxDims> strides{};  // in elements
   bool read_only = false;
 
-  int64_t size() const;
+  bool empty() const;
   template <class T>
   T* as() const {
     return reinterpret_cast<T*>(data);
@@ -42,7 +42,9 @@ class Tensor {
   bool from_exchange_api(pybind11::handle object);
   bool from_buffer(pybind11::handle object);
   bool from_array_interface(pybind11::handle object);
-  void set_dtype(uint8_t code, int bits, const std::string& shown);
+  // False for a type that is none of DType's.
+  bool set_dtype(uint8_t code, int bits);
+  [[noreturn]] void refuse_dtype(const std::string& shown) const;
   void require_cpu(int32_t device_type) const;
 
   void require_memory() const;
@@ -61,22 +63,38 @@ class Tensor {
   Buffer buffer_;
 };
 
-// Symbolic sizes, unified across the arguments of one call: the first tensor to use a symbol fixes it, and a later one
-// that disagrees is told who did.
+// What an axis counts, as shapes in messages name it.
+enum class Axis : uint8_t {
+  num_tokens,
+  num_heads,
+  num_kv_heads,
+  head_dim,
+  v_head_dim,
+  num_blocks,
+  block_size,
+  num_seqs,
+  num_starts,  // num_seqs + 1
+  table_rows,
+  max_blocks,
+  num_pairs,
+  pair,  // (src, dst)
+  count,
+  elements,
+};
+
+// The sizes of one call's axes, unified across its arguments: the first tensor with an axis fixes its size, and a later
+// one that disagrees is told who did.
 class Sizes {
  public:
-  // `symbols` names every axis of the tensor. The last axis must be contiguous.
-  void match(const Tensor& tensor, std::initializer_list<const char*> symbols);
-  int64_t operator[](const char* symbol) const;
+  // `axes` names every axis of the tensor. The last one must be contiguous.
+  void match(const Tensor& tensor, std::initializer_list<Axis> axes);
+  // 0 for an axis that no tensor had.
+  int64_t operator[](Axis axis) const { return sizes_[static_cast<size_t>(axis)]; }
 
  private:
-  struct Entry {
-    const char* symbol;
-    int64_t size;
-    const char* owner;
-  };
-  std::array<Entry, 16> entries_{};
-  int count_ = 0;
+  static constexpr size_t kNumAxes = static_cast<size_t>(Axis::elements) + 1;
+  std::array<int64_t, kNumAxes> sizes_{};
+  std::array<const char*, kNumAxes> owners_{};
 };
 
 const char* dtype_name(DType dtype);
@@ -84,7 +102,7 @@ void require_dtype(const Tensor& tensor, std::initializer_list<DType> allowed);
 void require_same_dtype(const Tensor& tensor, const Tensor& reference);
 // Memory that may be written, with a place of its own for every element.
 void require_writable(const Tensor& tensor);
-// Writing through the first must not change what the second reads: their address ranges must not meet.
-void require_disjoint(const Tensor& written, const Tensor& read);
+// Writing through the first must not change what the others read: their address ranges must not meet.
+void require_disjoint(const Tensor& written, std::initializer_list<const Tensor*> others);
 
 }  // namespace pagedcore

@@ -13,8 +13,8 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
+from torch.compiler import is_compiling
 
 from pagedcore import _kernels, ops
 from pagedcore.errors import InvalidArgumentError
@@ -118,18 +118,11 @@ def _register() -> None:
         torch.library.register_fake(f"pagedcore::{name}", _fake(names), lib=_LIBRARY)
 
 
-# Types that the kernels take as they are, or that are no tensors of torch's.
-_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, np.ndarray, type(None)})
-
-
 def needs_dispatcher(*tensors: Any) -> bool:
     """Whether a call on these must go through torch's dispatcher: while compiling, and for tensor subclasses."""
-    if torch.compiler.is_compiling():
-        return True
-    if _PLAIN.issuperset(map(type, tensors)):
-        return False
-    return any(isinstance(tensor, torch.Tensor) and type(tensor) not in _PLAIN for tensor in tensors)
+    return is_compiling() or _kernels.any_torch_subclass(*tensors)
 
 
 _register()
+_kernels.set_torch_types(torch.Tensor, torch.nn.Parameter)
 ops.needs_dispatcher = needs_dispatcher
