@@ -469,3 +469,41 @@ time.sleep(0.2)
 """
     for _ in range(5):
         subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def run_in_numpy_process(code: str) -> str:
+    prelude = """
+import numpy as np
+from pagedcore import ops
+ids = lambda *x: np.array(x, np.int32)
+cache = np.random.default_rng(0).standard_normal((2, 8, 16, 128), np.float32)
+query = np.ones((1, 32, 128), np.float32)
+def attend(tokens, **options):
+    table = np.ones((1, tokens // 16), np.int32)
+    return ops.paged_attention(query, cache, cache, table, ids(tokens), ids(0, 1), **options)
+def status(field):
+    return open("/proc/self/status").read().partition(field + ":")[2].split()[0]
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", prelude + code], check=True, timeout=120, capture_output=True, text=True
+    )
+    return done.stdout
+
+
+def test_a_tiny_split_of_a_long_sequence_takes_little_memory() -> None:
+    """Pieces of one token each would need 655 MB for their states if all of them waited."""
+    code = """
+want = attend(40_000, split_size=1, num_threads=1)
+assert (attend(40_000, split_size=1, num_threads=2) == want).all()
+print(status("VmHWM"))
+"""
+    assert int(run_in_numpy_process(code)) < 300_000  # KiB
+
+
+def test_a_huge_number_of_threads_is_not_taken_at_its_word() -> None:
+    code = """
+want = attend(16_000, split_size=16, num_threads=1)
+assert (attend(16_000, split_size=16, num_threads=2**62) == want).all()
+print(status("Threads"))
+"""
+    assert int(run_in_numpy_process(code)) < 100

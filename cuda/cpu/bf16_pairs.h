@@ -45,50 +45,40 @@ PAGEDCORE_FN __m512i load_raw(const bf16* p, int width) {
 // As stream_values, two tokens at a time. An odd last token meets a row of zeros.
 template <int R, int N>
 PAGEDCORE_FN void stream_value_pairs(const uint32_t* pairs, const float* alpha, const bf16* v, const TileOffsets& tile,
-                                     int width, float* o, int64_t o_stride) {
-  Vec a[R][N], b[R][N];
-  for (int r = 0; r < R; ++r) {
-    const Vec factor = set1(alpha[r]);
-    for (int n = 0; n < N; ++n) {
-      a[r][n] = mul(factor, load(o + r * o_stride + n * kChunk));
-      b[r][n] = mul(factor, load(o + r * o_stride + n * kChunk + kLanes));
-    }
-  }
-  for (int t = 0; t < tile.count; t += 2) {
-    const bf16 *first = v + tile.v[t], *second = t + 1 < tile.count ? v + tile.v[t + 1] : nullptr;
-    for (int n = 0; n < N; ++n) {
-      const __m512i x = load_raw(first + n * kChunk, width);
-      const __m512i y = second ? load_raw(second + n * kChunk, width) : _mm512_setzero_si512();
-      const __m512i low = _mm512_unpacklo_epi16(x, y), high = _mm512_unpackhi_epi16(x, y);
-      for (int r = 0; r < R; ++r) {
-        const __m512i weight = _mm512_set1_epi32(static_cast<int>(pairs[r * kTile / 2 + t / 2]));
-        a[r][n] = dpbf16(a[r][n], low, weight);
-        b[r][n] = dpbf16(b[r][n], high, weight);
+                                     int d, int width, float* o, int64_t o_stride, const Ahead<bf16>& ahead) {
+  update_rows<R, N>(alpha, o + d, o_stride, [&](Vec(&a)[R][N], Vec(&b)[R][N]) PAGEDCORE_INLINE {
+    for (int t = 0; t < tile.count; t += 2) {
+      const bf16 *first = v + tile.v[t] + d, *second = t + 1 < tile.count ? v + tile.v[t + 1] + d : nullptr;
+      prefetch_row(ahead, t, d, d + N * width);
+      prefetch_row(ahead, t + 1, d, d + N * width);
+      for (int n = 0; n < N; ++n) {
+        const __m512i x = load_raw(first + n * kChunk, width);
+        const __m512i y = second ? load_raw(second + n * kChunk, width) : _mm512_setzero_si512();
+        const __m512i low = _mm512_unpacklo_epi16(x, y), high = _mm512_unpackhi_epi16(x, y);
+        for (int r = 0; r < R; ++r) {
+          const __m512i weight = _mm512_set1_epi32(static_cast<int>(pairs[r * kTile / 2 + t / 2]));
+          a[r][n] = dpbf16(a[r][n], low, weight);
+          b[r][n] = dpbf16(b[r][n], high, weight);
+        }
       }
     }
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int n = 0; n < N; ++n) {
-      store(o + r * o_stride + n * kChunk, a[r][n]);
-      store(o + r * o_stride + n * kChunk + kLanes, b[r][n]);
-    }
-  }
+  });
 }
 
 // Overloads the general add_values: here w is the sum of the rounded weights, so that values of 1 give exactly 1.
 template <int R>
 PAGEDCORE_FN void add_values(const float* weights, const float* alpha, const bf16* v, const TileOffsets& tile,
-                             int v_dim, const float*, float* w, float* o, int64_t o_stride) {
+                             int v_dim, const float*, float* w, float* o, int64_t o_stride, const Ahead<bf16>& ahead) {
   uint32_t pairs[kRowGroup * kTile / 2];
   for (int r = 0; r < R; ++r) {
     w[r] = w[r] * alpha[r] + round_weights(weights + r * kTile, tile.count, pairs + r * kTile / 2);
   }
   int d = 0;
   for (; d + kStep * kChunk <= v_dim; d += kStep * kChunk) {
-    stream_value_pairs<R, kStep>(pairs, alpha, v + d, tile, kChunk, o + d, o_stride);
+    stream_value_pairs<R, kStep>(pairs, alpha, v, tile, d, kChunk, o, o_stride, ahead);
   }
   for (; d < v_dim; d += kChunk) {
-    stream_value_pairs<R, 1>(pairs, alpha, v + d, tile, v_dim - d, o + d, o_stride);
+    stream_value_pairs<R, 1>(pairs, alpha, v, tile, d, v_dim - d, o, o_stride, ahead);
   }
 }
 

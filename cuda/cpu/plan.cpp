@@ -7,9 +7,10 @@
 namespace pagedcore::cpu {
 namespace {
 
-constexpr int64_t kMinPiece = 256;   // tokens: below this, merging costs more than an idle thread
-constexpr int64_t kPieceAlign = 64;  // planner's pieces start at multiples of this
-constexpr int kItemsPerThread = 4;   // an item of more than 1 / (4 * threads) of the work is split
+constexpr int64_t kMinPiece = 256;                // tokens: below this, merging costs more than an idle thread
+constexpr int64_t kPieceAlign = 64;               // planner's pieces start at multiples of this
+constexpr int64_t kMostPartialFloats = 16 << 20;  // of pieces that wait to be folded, whatever split_size is asked for
+constexpr int kItemsPerThread = 4;                // an item of more than 1 / (4 * threads) of the work is split
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -75,7 +76,9 @@ void make_plan(const AttentionParams& p, const Isa& isa, int64_t split_size, int
     const int64_t keys = item.key_end - item.key_begin;
     if (split_size > 0) {
       const int64_t pieces = item.key_end > 0 ? (item.key_end - 1) / split_size - item.key_begin / split_size + 1 : 0;
-      if (pieces > 1 && distribute) {
+      const int64_t floats = pieces * item.rows(group) * (p.v_head_dim + isa.chunk);
+      // Pieces on one thread are folded one by one, to the same bits.
+      if (pieces > 1 && distribute && floats <= kMostPartialFloats / static_cast<int64_t>(wholes.size())) {
         append_split(item, split_size, plan);
         continue;
       }

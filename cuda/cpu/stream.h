@@ -6,7 +6,8 @@
 // rows meet the query rows as dot products (R rows x C tokens in registers, then reduce_each), V rows are added under
 // broadcast weights.
 //
-// Bytes moved per tile and head: kTile * (head_dim + v_head_dim) * element size, prefetched one (tile, head) ahead.
+// Bytes moved per tile and head: kTile * (head_dim + v_head_dim) * element size, prefetched one (tile, head) ahead, K
+// while K is read and V while V is.
 #pragma once
 
 #include "dot.h"
@@ -40,35 +41,19 @@ PAGEDCORE_FN void stage_query(const T* row, int dim, float* staged) {
   }
 }
 
-// What the next (tile, head) will read; null `tile`: nothing.
-template <class T>
-struct Ahead {
-  const T* k;
-  const T* v;
-  const TileOffsets* tile;
-};
-
-PAGEDCORE_FN void prefetch_row(const void* row, int bytes) {
-  for (int b = 0; b < bytes; b += 64) prefetch(static_cast<const char*>(row) + b);
-}
-
-// scores[r * kTile + t] = q[r] . K[t] for R rows, and all tokens up to a register tile past `count`. On the way, the
-// rows of the next tile are asked for, as many as are read here.
+// scores[r * kTile + t] = q[r] . K[t] for R rows, and all tokens up to a register tile past `count`.
 template <class T, int R>
 PAGEDCORE_FN void stream_scores(const float* q, int64_t q_stride, const T* k, const TileOffsets& tile, int dim,
-                                int v_dim, float* scores, const Ahead<T>& ahead) {
+                                float* scores, const Ahead<T>& ahead) {
   constexpr int kPacked = R == 3 ? 4 : R;
   constexpr int kCols = kLanes > kPacked ? kLanes / kPacked : 1;
   const int whole = dim / kChunk * kChunk;
   for (int t = 0; t < tile.count; t += kCols) {
-    if (ahead.tile) {
-      for (int c = 0; c < kCols; ++c) {
-        prefetch_row(ahead.k + ahead.tile->k[t + c], dim * static_cast<int>(sizeof(T)));
-        prefetch_row(ahead.v + ahead.tile->v[t + c], v_dim * static_cast<int>(sizeof(T)));
-      }
-    }
     const T* row[kCols];
-    for (int c = 0; c < kCols; ++c) row[c] = k + tile.k[t + c];
+    for (int c = 0; c < kCols; ++c) {
+      row[c] = k + tile.k[t + c];
+      prefetch_row(ahead, t + c, 0, dim);
+    }
     Vec sums[kLanes];
     for (int i = 0; i < kLanes; ++i) sums[i] = zero();
     for (int d = 0; d < whole; d += kChunk) {
@@ -100,21 +85,23 @@ PAGEDCORE_FN void stream_scores(const float* q, int64_t q_stride, const T* k, co
 template <class T, int R, int D>
 static void stream_group(const float* q, int64_t q_stride, const T* k, const T* v, const TileOffsets& tile,
                          int64_t tile_begin, const KeyRange* visible, int any_dim, int any_v_dim, float scale, float* m,
-                         float* l, float* w, float* o, int64_t o_stride, const Ahead<T>& ahead) {
+                         float* l, float* w, float* o, int64_t o_stride, const Ahead<T>& k_ahead,
+                         const Ahead<T>& v_ahead) {
   const int dim = D ? D : any_dim, v_dim = D ? D : any_v_dim;
   alignas(64) float scores[kRowGroup * kTile];
   float alpha[R];
-  stream_scores<T, R>(q, q_stride, k, tile, dim, v_dim, scores, ahead);
+  stream_scores<T, R>(q, q_stride, k, tile, dim, scores, k_ahead);
   for (int r = 0; r < R; ++r) {
     alpha[r] = softmax_step(scores + r * kTile, tile.count, visible[r].begin - tile_begin, visible[r].end - tile_begin,
                             scale, m[r], l[r]);
   }
-  add_values<R>(scores, alpha, v, tile, v_dim, l, w, o, o_stride);
+  add_values<R>(scores, alpha, v, tile, v_dim, l, w, o, o_stride, v_ahead);
 }
 
 template <class T>
 using StreamGroup = void (*)(const float*, int64_t, const T*, const T*, const TileOffsets&, int64_t, const KeyRange*,
-                             int, int, float, float*, float*, float*, float*, int64_t, const Ahead<T>&);
+                             int, int, float, float*, float*, float*, float*, int64_t, const Ahead<T>&,
+                             const Ahead<T>&);
 
 template <class T, int D>
 PAGEDCORE_FN StreamGroup<T> stream_group_of(int rows) {
@@ -174,20 +161,20 @@ static void attend_stream(const AttentionParams& p, const WorkItem& item, int64_
     fill_offsets(p, table, begin + kTile, key_end, next);
     for (int head = 0; head < heads; ++head) {
       const int64_t kv_head = item.head_begin + head;
-      Ahead<T> ahead{nullptr, nullptr, nullptr};
-      if (head + 1 < heads) {
-        ahead = {k_base + (kv_head + 1) * p.k.head_stride, v_base + (kv_head + 1) * p.v.head_stride, &tile};
-      } else if (next.count > 0) {
-        ahead = {k_base + item.head_begin * p.k.head_stride, v_base + item.head_begin * p.v.head_stride, &next};
-      }
+      // The next head of this tile, or the first one of the next tile.
+      const bool same_tile = head + 1 < heads;
+      const int64_t next_head = same_tile ? kv_head + 1 : item.head_begin;
+      const TileOffsets* next_tile = same_tile ? &tile : next.count > 0 ? &next : nullptr;
+      Ahead<T> k_ahead{k_base + next_head * p.k.head_stride, next_tile ? next_tile->k : nullptr};
+      Ahead<T> v_ahead{v_base + next_head * p.v.head_stride, next_tile ? next_tile->v : nullptr};
       const T* k = k_base + kv_head * p.k.head_stride;
       const T* v = v_base + kv_head * p.v.head_stride;
       for (int row = 0; row < rows; row += kRowGroup) {
         const int64_t at = static_cast<int64_t>(head) * rows + row;
         groups[row / kRowGroup](q_staged + at * q_stride, q_stride, k, v, tile, begin, visible + row, p.head_dim,
                                 p.v_head_dim, scale, state.m + at, state.l + at, state.w + at,
-                                state.o + at * state.stride, state.stride, ahead);
-        ahead.tile = nullptr;  // asked for once
+                                state.o + at * state.stride, state.stride, k_ahead, v_ahead);
+        k_ahead.offsets = v_ahead.offsets = nullptr;  // asked for once
       }
     }
   }

@@ -32,10 +32,14 @@ int64_t at_least(int64_t least, const char* argument, int64_t value) {
   return value;
 }
 
+// Many more threads than processors gain nothing, and a runtime that the system refuses one ends the process.
+constexpr int kMostThreads = 64;
+
 int threads_of(PyObject* num_threads) {
   const std::optional<int64_t> wanted = optional_int("num_threads", num_threads);
-  if (!wanted) return cpu::max_threads();
-  return static_cast<int>(std::min<int64_t>(at_least(1, "num_threads", *wanted), INT32_MAX));
+  const int most = cpu::max_threads();
+  if (!wanted) return most;
+  return static_cast<int>(std::min<int64_t>(at_least(1, "num_threads", *wanted), std::max(most, kMostThreads)));
 }
 
 // The environment variable is read by pagedcore.environment alone, once, at the first call that needs an answer.

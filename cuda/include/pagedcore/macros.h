@@ -5,3 +5,6 @@
 // inline function would be emitted once per translation unit and merged by the linker, which could then run AVX-512
 // code on a machine without it.
 #define PAGEDCORE_FN static inline __attribute__((always_inline))
+
+// The same for a lambda, after its parameters.
+#define PAGEDCORE_INLINE __attribute__((always_inline))
