@@ -65,6 +65,10 @@ impl Copies {
 
     /// Drops the pair of `dst`, if there is one, and returns its src: the reference is now the caller's.
     pub(crate) fn cancel(&mut self, dst: BlockId) -> Option<BlockId> {
+        // Asked of every block that is allocated: not hashed where there is nothing to find.
+        if self.pairs.is_empty() {
+            return None;
+        }
         let place = self.by_dst.remove(&dst)?;
         let Pair { src, .. } = self.pairs.swap_remove(place);
         if let Some(moved) = self.pairs.get(place) {
