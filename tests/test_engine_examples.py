@@ -30,6 +30,13 @@ def test_stream(smollm2):
     assert "code ended (" in out
 
 
+def test_async_stream(smollm2):
+    out = run("async_stream.py", smollm2)
+    assert out.count("tale: ") > 10 < out.count("code: ")
+    assert "gone: left after 3 pieces" in out
+    assert "0 blocks in use" in out
+
+
 def test_shared_prefix(smollm2):
     out = run("shared_prefix.py", smollm2)
     prompts = [(int(total), int(found)) for total, found in re.findall(r"(\d+) prompt tokens, (\d+) of them", out)]

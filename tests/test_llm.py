@@ -288,12 +288,16 @@ class TestCommandLine:
             "--chat",
             "--max-tokens",
             "20",
+            "--stop",
+            "is Paris",
+            "--stop",
+            ".",
             "--kv-memory",
             "64MiB",
             "What is the capital of France?",
         )
         assert done.returncode == 0, done.stderr
-        assert "Paris" in done.stdout
+        assert done.stdout == "The capital of France \n"
         assert done.stderr == ""
 
     def test_generate_many_as_json(self, smollm2, capsys, monkeypatch):
@@ -314,6 +318,8 @@ class TestCommandLine:
         assert "does not exist" in capsys.readouterr().err
         assert cli.main(["generate", "--model", str(tiny), "--max-tokens", "0", "x"]) == 1
         assert "max_tokens is 0" in capsys.readouterr().err
+        assert cli.main(["generate", "--model", str(tiny), "--stop", "", "x"]) == 1
+        assert "no text to stop at" in capsys.readouterr().err
         assert cli.main(["generate", "--model", str(tiny), "x"]) == 1
         assert "no tokenizer" in capsys.readouterr().err
         monkeypatch.setattr(sys, "stdin", io.StringIO(""))

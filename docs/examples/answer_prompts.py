@@ -17,12 +17,12 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+import screen
 from live_view import LiveView
 from padded_batches import Figures, answer_in_padded_batches
 from pagedcore import SamplingParams, environment, models
 from pagedcore.engine import Engine
 from pagedcore.outputs import RequestOutput
-from screen import columns, plain, shorten, wrap
 
 PROMPTS = Path(__file__).with_name("prompts.toml")
 SHOWN = (0, 17, 37, 44)  # prompts whose answers are printed
@@ -92,14 +92,14 @@ def answer(engine: Engine, prompts: list[Prompt]) -> tuple[Figures, list[Request
 
 def show_answers(prompts: list[Prompt], outputs: list[RequestOutput]) -> None:
     """Prints a few of the questions with their answers."""
-    width = columns()
+    width = screen.columns()
     for number in SHOWN:
-        print("\n" + shorten(f"[{number}] {plain(prompts[number].text)}", width))
+        print("\n" + screen.shorten(f"[{number}] {screen.plain(prompts[number].text)}", width))
         several = len(outputs[number].outputs) > 1
         for completion in outputs[number].outputs:
             mark = f"({completion.index + 1}) " if several else ""
             end = " ..." if completion.finish_reason == "length" else ""
-            print("\n".join(wrap(mark + plain(completion.text) + end, width, indent="    ")))
+            print("\n".join(screen.wrap(mark + screen.plain(completion.text) + end, width, indent="    ")))
 
 
 def show_table(columns: dict[str, Figures]) -> None:
@@ -125,6 +125,8 @@ def show_table(columns: dict[str, Figures]) -> None:
     print("\n" + " " * 30 + "".join(f"{name:>{width}}" for name in columns))
     for name, show in rows:
         print(f"{name:30}" + "".join(f"{show(figures):>{width}}" for figures in columns.values()))
+    if len({figures.requests for figures in columns.values()}) > 1:
+        print("\nThe columns are of different numbers of requests: compare rates and shares.")
 
 
 def main() -> int:

@@ -31,7 +31,8 @@ def shorten(text: str, width: int) -> str:
     """As much of a text as fits, with a mark where it was cut."""
     if cells(text) <= width:
         return text
-    return f"{_take(text, width - 4).rstrip()} ..."
+    part = _take(text, width - 4)
+    return f"{part[: part.rfind(' ')] if ' ' in part else part} ..."
 
 
 def wrap(text: str, width: int, indent: str = "") -> list[str]:

@@ -74,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
         "--top-p", type=float, default=1.0, help="sample from this much probability (default: %(default)s)"
     )
     generate.add_argument("--seed", type=int, help="same seed, same answer")
+    generate.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end an answer before this text; can be repeated"
+    )
     generate.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (default: %(default)s)")
     generate.add_argument("--block-size", type=int, default=16, help="tokens in a KV block (default: %(default)s)")
     generate.add_argument(
@@ -116,6 +119,7 @@ def _generate(options: argparse.Namespace) -> int:
         top_k=options.top_k,
         top_p=options.top_p,
         seed=options.seed,
+        stop=tuple(options.stop),
     )
     prompts = options.prompts
     if not prompts and not sys.stdin.isatty():
