@@ -1,0 +1,133 @@
+// Attention over paged KV, the plain way: every dtype, head size up to 256, V narrower or wider than K, any stride, any
+// block size, causal or not, sliding window. It is the fallback of the tiled kernels and their oracle on the device.
+//
+// Cut: a warp has one row, that is one query token of one head; the grid strides over all rows. A row's keys go by in
+// chunks of 32, a key per lane: the lane makes the whole dot product, the warp agrees on the chunk's maximum, and then
+// each lane holds some of the output's columns and adds all 32 rows of V to them.
+// Bytes: K and V of a sequence are read once per query row, with no reuse between the heads of a group. K is read by
+// rows, a lane each, so an access of the warp touches 32 cache lines.
+// Shared memory: head_dim floats of Q a warp.
+#include "gpu.h"
+#include "pagedcore/mask.h"
+#include "pagedcore/pages.h"
+#include "pagedcore/softmax.h"
+
+namespace pagedcore::gpu {
+namespace {
+
+using namespace device;
+
+constexpr int kWarps = 4;
+constexpr int kMaxDim = 256;
+constexpr int kColumns = kMaxDim / kWarpSize;  // of the output, per lane
+constexpr int kMaxBlocks = 16384;              // of the grid: enough to fill any GPU many times over
+
+// The sequence that query token `token` belongs to: the last one that starts at or before it and is not empty.
+PAGEDCORE_DEVICE int sequence_of(const AttentionParams& p, int64_t token) {
+  int low = 0, high = p.num_seqs - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (p.query_start_loc[middle] <= token) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
+template <class T>
+PAGEDCORE_DEVICE void attend_row(const AttentionParams& p, int64_t token, int head, float* q) {
+  const int lane = lane_id();
+  const int seq = sequence_of(p, token);
+  const int64_t start = p.query_start_loc[seq];
+  const KeyRange keys = visible_keys(p, p.seq_lens[seq], p.query_start_loc[seq + 1] - start, token - start);
+  const int32_t* table = table_row(p, seq);
+  const int kv_head = head / (p.num_heads / p.num_kv_heads);
+
+  const T* query = static_cast<const T*>(p.query) + token * p.query_token_stride + head * p.query_head_stride;
+  for (int d = lane; d < p.head_dim; d += kWarpSize) q[d] = to_float(query[d]);
+  sync_warp();
+
+  const float score_scale = p.scale * kLog2E;
+  float m = -INFINITY, l = 0.0f;
+  float o[kColumns] = {};
+  for (int64_t first = keys.begin; first < keys.end; first += kWarpSize) {
+    const int64_t key = first + lane;
+    float score = -INFINITY;
+    int block = -1;
+    int slot = 0;
+    if (key < keys.end) {
+      block = table[key / p.block_size];
+      slot = static_cast<int>(key % p.block_size);
+      if (block < 0 || block >= p.num_blocks) block = -1;  // masked: nothing is read
+    }
+    if (block >= 0) {
+      const T* k = static_cast<const T*>(p.k.data) + block * p.k.block_stride + kv_head * p.k.head_stride +
+                   slot * p.k.token_stride;
+      score = 0.0f;
+      for (int d = 0; d < p.head_dim; ++d) score = fmaf(q[d], to_float(k[d]), score);
+      score *= score_scale;
+    }
+    const float m_new = max_of(m, reduce_max(score));
+    const float reference = finite_max(m_new);
+    const float weight = exp2_approx(score - reference);
+    const float rescale = exp2_approx(m - reference);
+    l = l * rescale + reduce_sum(weight);
+    m = m_new;
+    for (int i = 0; i < kColumns; ++i) o[i] *= rescale;
+
+    const int count = static_cast<int>(keys.end - first < kWarpSize ? keys.end - first : kWarpSize);
+    for (int j = 0; j < count; ++j) {
+      const int key_block = shuffle(block, j);
+      const int key_slot = shuffle(slot, j);
+      const float key_weight = shuffle(weight, j);
+      if (key_block < 0) continue;
+      const T* v = static_cast<const T*>(p.v.data) + key_block * p.v.block_stride + kv_head * p.v.head_stride +
+                   key_slot * p.v.token_stride;
+      for (int i = 0; i < kColumns; ++i) {
+        const int d = i * kWarpSize + lane;
+        if (d < p.v_head_dim) o[i] = fmaf(key_weight, to_float(v[d]), o[i]);
+      }
+    }
+  }
+
+  T* out = static_cast<T*>(p.out) + token * p.out_token_stride + head * p.out_head_stride;
+  for (int i = 0; i < kColumns; ++i) {
+    const int d = i * kWarpSize + lane;
+    if (d < p.v_head_dim) from_float(l > 0.0f ? o[i] / l : 0.0f, out[d]);
+  }
+  if (p.lse != nullptr && lane == 0) p.lse[token * p.lse_token_stride + head * p.lse_head_stride] = log_sum_exp(m, l);
+  sync_warp();  // q is written again
+}
+
+template <class T>
+PAGEDCORE_KERNEL(kWarps* kWarpSize, 1)
+attention_kernel(const AttentionParams p) {
+  float* q = reinterpret_cast<float*>(shared_memory()) + warp_id() * p.head_dim;
+  const int64_t rows = p.num_tokens * p.num_heads;
+  for (int64_t row = int64_t{block_x()} * kWarps + warp_id(); row < rows; row += int64_t{grid_x()} * kWarps) {
+    attend_row<T>(p, row / p.num_heads, static_cast<int>(row % p.num_heads), q);
+  }
+}
+
+template <class T>
+void run(const AttentionParams& p, Stream stream) {
+  const int64_t blocks = (p.num_tokens * p.num_heads + kWarps - 1) / kWarps;
+  launch(attention_kernel<T>, static_cast<int>(blocks < kMaxBlocks ? blocks : kMaxBlocks), 1, 1, kWarps * kWarpSize,
+         static_cast<size_t>(kWarps * p.head_dim) * sizeof(float), stream, p);
+}
+
+}  // namespace
+
+void attention_generic(const AttentionParams& p, Stream stream) {
+  if (p.num_tokens == 0) return;
+  switch (p.dtype) {
+    case DType::f32: return run<float>(p, stream);
+    case DType::f16: return run<f16>(p, stream);
+    case DType::bf16: return run<bf16>(p, stream);
+    default: throw std::invalid_argument("attention over a dtype that is no float");
+  }
+}
+
+}  // namespace pagedcore::gpu

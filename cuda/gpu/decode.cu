@@ -1,0 +1,510 @@
+// Decode attention over paged KV on tensor cores: tiles of 16 rows (R16).
+//
+// Computes softmax(scale * Q K^T + mask) V for a few query tokens a sequence. The query heads that share a KV head are
+// packed into the rows of one tile, so K and V are read once per group: G flop a byte in 16 bits.
+//
+// Cut: a fixed grid of blocks shares all work evenly (work.h). A block takes its spans one after another; within a span,
+// each of its four warps takes 16 keys of each stage of 64, with a pipeline of cp.async stages, a running maximum, sum and
+// output of its own, and no barrier of the block until the span ends. Then the four states are merged through shared
+// memory. Why 16 rows by tokens split over warps: a decode row tile has no more rows than that, wgmma's 64 would be 3/4
+// padding, and the output of 16 rows fits a warp's registers (64 of them at head size 128).
+//
+// Bytes: 4 * head_dim a key and KV head; nothing is read twice but page ids and the query.
+// Shared memory: kStages * 4 warps * 16 keys * 4 * head_dim bytes (96 KiB at head size 128: two blocks an SM on sm_90),
+// reused for the merge, and the pages' valid bits.
+//
+// Chosen when rows per (sequence, KV head) are few, dtype is f16 or bf16, K and V have one head size of 64, 80, 96, 112,
+// 128, 192 or 256, and every row of Q, K and V starts on 16 bytes.
+#include "gpu.h"
+#include "pagedcore/pages.h"
+#include "pagedcore/softmax.h"
+#include "tile.h"
+#include "work.h"
+
+namespace pagedcore::gpu {
+namespace {
+
+using namespace device;
+
+constexpr int kWarpKeys = 16;  // of a stage: the inner size of P V
+
+// Scores are in base 2. While a row's maximum grows by less than this its reference stays: weights are at most 2^8, which
+// f16 holds, and the output need not be rescaled.
+constexpr float kLazyGrowth = 8.0f;
+
+template <int kDim_>
+struct DecodePolicy {
+  static constexpr int kDim = kDim_;
+  // Two warps at 256, so that a block fits the 99 KB of sm_86 and sm_89. The stages are to be chosen by measurement; three
+  // fill 96 KiB at 128.
+  static constexpr int kWarps = kDim <= 192 ? 4 : 2;
+  static constexpr int kStages = kDim <= 128 ? 3 : 2;
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kStageKeys = kWarps * kWarpKeys;
+  static constexpr int kStagesPerUnit = kUnitKeys / kStageKeys;
+  static constexpr int kStageBytes = 2 * kWarpKeys * kDim * 2;  // K and V of one warp
+  static constexpr int kPipelineBytes = kWarps * kStages * kStageBytes;
+  static constexpr int kRecordFloats = static_cast<int>(partial_floats(kDim));
+  static constexpr int kRecordsBytes = kWarps * kRecordFloats * 4;
+  static constexpr int kMasksAt = kPipelineBytes > kRecordsBytes ? kPipelineBytes : kRecordsBytes;
+  static constexpr int kSharedBytes = kMasksAt + kWarps * kStages * 4;
+  static_assert(kSharedBytes <= 99 * 1024, "shared memory of one block on sm_86 and sm_89");
+};
+
+struct DecodeParams {
+  AttentionParams attention;
+  WorkPlan plan;
+};
+
+// The sequence that unit `unit` belongs to: 32 probes a round.
+PAGEDCORE_DEVICE int sequence_of_unit(const DecodeParams& params, int64_t unit) {
+  int low = 0, high = params.attention.num_seqs - 1;
+  while (low < high) {
+    const int step = (high - low + kWarpSize) / kWarpSize;
+    const int probe = low + lane_id() * step;
+    const int before = bit_count(ballot(probe <= high && params.plan.first_units[probe] <= unit));
+    low += (before - 1) * step;
+    high = low + step - 1 < high ? low + step - 1 : high;
+  }
+  return low;
+}
+
+PAGEDCORE_DEVICE Span span_at(const DecodeParams& params, int64_t unit, int64_t limit) {
+  const AttentionParams& p = params.attention;
+  Span s;
+  s.seq = sequence_of_unit(params, unit);
+  const int64_t query_len = int64_t{p.query_start_loc[s.seq + 1]} - p.query_start_loc[s.seq];
+  const KeyUnits keys = key_units(p, p.seq_lens[s.seq], query_len);
+  const int64_t before = params.plan.first_units[s.seq];
+  const int64_t item = (unit - before) / keys.count;
+  const int tiles = row_tiles(p, query_len);
+  s.kv_head = static_cast<int>(item / tiles);
+  s.row_tile = static_cast<int>(item % tiles);
+  s.item_begin = before + item * keys.count;
+  s.item_end = s.item_begin + keys.count;
+  s.begin = unit;
+  s.end = s.item_end < limit ? s.item_end : limit;
+  s.first_key = keys.first;
+  return s;
+}
+
+// A row of the tile: which query token and head, and the keys [begin, end) it sees. A row past the last sees none.
+struct Row {
+  int64_t token;
+  int head;
+  int begin, end;
+  bool valid;
+};
+
+PAGEDCORE_DEVICE Row row_of(const AttentionParams& p, const Span& s, int r) {
+  const int group = p.num_heads / p.num_kv_heads;
+  const int start = p.query_start_loc[s.seq];
+  const int query_len = p.query_start_loc[s.seq + 1] - start;
+  const int packed = s.row_tile * kTileRows + r;
+  const int query = packed / group;
+  Row row;
+  row.valid = query < query_len;
+  row.token = start + query;
+  row.head = s.kv_head * group + packed % group;
+  const KeyRange keys = row.valid ? visible_keys(p, p.seq_lens[s.seq], query_len, query) : KeyRange{0, 0};
+  row.begin = static_cast<int>(keys.begin);
+  row.end = static_cast<int>(keys.end);
+  return row;
+}
+
+// What one thread keeps of its warp's state over 16 rows: rows lane / 4 and lane / 4 + 8, as mma lays them out.
+template <int kDim>
+struct WarpState {
+  float m[2];        // reference of the exponents, at most kLazyGrowth below the maximum
+  float rounded[2];  // sums of weights as the product with V sees them; of this thread's columns until the end
+  float exact[2];    // sums before rounding, for the log-sum-exp
+  float o[kDim / 8][4];
+};
+
+// The 16 keys of one stage of one warp: page offsets found by lanes 0 to 15, rows copied by all.
+template <class Policy, class T>
+PAGEDCORE_DEVICE void load_stage(const AttentionParams& p, const Span& s, KeyRange seen, int key, char* stage,
+                                 uint32_t* mask) {
+  constexpr int kDim = Policy::kDim;
+  using Rows = Tile<kDim>;
+  const int lane = lane_id();
+  const int mine = key + lane % kWarpKeys;
+  int block = -1;
+  int slot = 0;
+  if (mine >= seen.begin && mine < seen.end) {
+    block = table_row(p, s.seq)[mine / p.block_size];
+    slot = mine % p.block_size;
+    if (block >= p.num_blocks) block = -1;
+  }
+  const uint32_t valid = ballot(block >= 0);
+  if (lane == 0) *mask = valid;
+  const T* k = static_cast<const T*>(p.k.data) + s.kv_head * p.k.head_stride;
+  const T* v = static_cast<const T*>(p.v.data) + s.kv_head * p.v.head_stride;
+  char* k_rows = stage;
+  char* v_rows = stage + kWarpKeys * Rows::kRowBytes;
+  constexpr int kCopies = kWarpKeys * Rows::kChunks;
+  static_assert(kCopies % kWarpSize == 0, "every lane makes as many copies");
+#pragma unroll
+  for (int i = 0; i < kCopies / kWarpSize; ++i) {
+    const int copy = i * kWarpSize + lane;
+    const int row = copy / Rows::kChunks, chunk = copy % Rows::kChunks;
+    const int row_block = shuffle(block, row);
+    const int row_slot = shuffle(slot, row);
+    const bool readable = row_block >= 0;
+    const int64_t k_at = readable ? row_block * p.k.block_stride + row_slot * p.k.token_stride + chunk * kChunkElements : 0;
+    const int64_t v_at = readable ? row_block * p.v.block_stride + row_slot * p.v.token_stride + chunk * kChunkElements : 0;
+    cp_async_16(k_rows + Rows::offset(row, chunk), k + k_at, readable);
+    cp_async_16(v_rows + Rows::offset(row, chunk), v + v_at, readable);
+  }
+}
+
+// One thread's Q fragments: rows lane / 4 and + 8, all of head_dim.
+template <class T, int kDim>
+PAGEDCORE_DEVICE void load_query(const AttentionParams& p, const Row (&rows)[2], uint32_t (&q)[kDim / 16][4]) {
+  const int pair = lane_id() % 4 * 2;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const Row& row = rows[half];
+    const T* from = static_cast<const T*>(p.query) + row.token * p.query_token_stride + row.head * p.query_head_stride;
+#pragma unroll
+    for (int step = 0; step < kDim / 16; ++step) {
+      q[step][half] = row.valid ? load_4(from + step * 16 + pair) : 0u;
+      q[step][half + 2] = row.valid ? load_4(from + step * 16 + 8 + pair) : 0u;
+    }
+  }
+}
+
+// Scores of 16 rows by 16 keys, masked, in base 2: score[i][c] is key i * 8 + lane % 4 * 2 + c % 2 of row c / 2.
+template <class Policy, class T>
+PAGEDCORE_DEVICE void score_stage(const AttentionParams& p, const Row (&rows)[2],
+                                  const uint32_t (&q)[Policy::kDim / 16][4], int key, const char* stage,
+                                  uint32_t valid, float (&score)[2][4]) {
+  using Rows = Tile<Policy::kDim>;
+  const int lane = lane_id();
+#pragma unroll
+  for (int i = 0; i < 4; ++i) score[0][i] = score[1][i] = 0.0f;
+  const int key_row = lane / 16 * 8 + lane % 8;
+#pragma unroll
+  for (int step = 0; step < Policy::kDim / 16; ++step) {
+    uint32_t k[4];
+    ldmatrix_x4(k, stage + Rows::offset(key_row, step * 2 + lane / 8 % 2));
+    mma_m16n8k16<T>(score[0], q[step], k[0], k[1]);
+    mma_m16n8k16<T>(score[1], q[step], k[2], k[3]);
+  }
+  const float scale = p.scale * kLog2E;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const int index = i * 8 + lane % 4 * 2 + c % 2;
+      const Row& row = rows[c / 2];
+      const bool visible = key + index >= row.begin && key + index < row.end && (valid >> index & 1u) != 0;
+      score[i][c] = visible ? score[i][c] * scale : -INFINITY;
+    }
+  }
+}
+
+// Folds 16 keys into the state: new references, weights, sums, O += P V.
+template <class Policy, class T>
+PAGEDCORE_DEVICE void fold_stage(const float (&score)[2][4], const char* v_rows, WarpState<Policy::kDim>& state) {
+  using Rows = Tile<Policy::kDim>;
+  constexpr int kDim = Policy::kDim;
+  const int lane = lane_id();
+  float top[2];
+  bool grown = false;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float a = max_of(score[0][half * 2], score[0][half * 2 + 1]);
+    const float b = max_of(score[1][half * 2], score[1][half * 2 + 1]);
+    top[half] = reduce_max(max_of(a, b), 4);
+    // Also where nothing was seen before: the reference is -inf then, and so is the difference of a first key to it.
+    grown = grown || top[half] > state.m[half] + kLazyGrowth;
+  }
+  if (ballot(grown) != 0) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (top[half] > state.m[half] + kLazyGrowth) {
+        const float factor = exp2_approx(state.m[half] - top[half]);
+        state.m[half] = top[half];
+        state.rounded[half] *= factor;
+        state.exact[half] *= factor;
+#pragma unroll
+        for (int i = 0; i < kDim / 8; ++i) {
+          state.o[i][half * 2] *= factor;
+          state.o[i][half * 2 + 1] *= factor;
+        }
+      }
+    }
+  }
+  uint32_t weights[4];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float reference = finite_max(state.m[half]);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float low = exp2_approx(score[i][half * 2] - reference);
+      const float high = exp2_approx(score[i][half * 2 + 1] - reference);
+      const uint32_t pair = pack2<T>(low, high);
+      weights[i * 2 + half] = pair;
+      state.exact[half] += low + high;
+      state.rounded[half] += to_float(T{static_cast<uint16_t>(pair)}) + to_float(T{static_cast<uint16_t>(pair >> 16)});
+    }
+  }
+  const int row = lane / 8 % 2 * 8 + lane % 8;
+#pragma unroll
+  for (int step = 0; step < kDim / 16; ++step) {
+    uint32_t v[4];
+    ldmatrix_x4_trans(v, v_rows + Rows::offset(row, step * 2 + lane / 16));
+    mma_m16n8k16<T>(state.o[step * 2], weights, v[0], v[1]);
+    mma_m16n8k16<T>(state.o[step * 2 + 1], weights, v[2], v[3]);
+  }
+}
+
+// One warp's share of a span: 16 keys of every stage.
+template <class Policy, class T>
+PAGEDCORE_DEVICE void attend_span(const AttentionParams& p, const Span& s, const Row (&rows)[2], char* pipeline,
+                                  uint32_t* masks, WarpState<Policy::kDim>& state) {
+  constexpr int kDim = Policy::kDim;
+  constexpr int kStages = Policy::kStages;
+  const int query_len = p.query_start_loc[s.seq + 1] - p.query_start_loc[s.seq];
+  const KeyRange seen = visible_keys(p, p.seq_lens[s.seq], query_len, 0, query_len);
+  const int stages = static_cast<int>(s.end - s.begin) * Policy::kStagesPerUnit;
+  const int first_key =
+      static_cast<int>(s.first_key + (s.begin - s.item_begin) * kUnitKeys) + warp_id() * kWarpKeys;
+
+  uint32_t q[kDim / 16][4];
+  load_query<T, kDim>(p, rows, q);
+
+  const auto load = [&](int stage) {
+    const int slot = stage % kStages;
+    if (stage < stages) {
+      load_stage<Policy, T>(p, s, seen, first_key + stage * Policy::kStageKeys, pipeline + slot * Policy::kStageBytes,
+                            masks + slot);
+    }
+    cp_async_commit();  // an empty group past the end, so that groups and stages keep the same count
+  };
+#pragma unroll 1
+  for (int stage = 0; stage < kStages - 1; ++stage) load(stage);
+  for (int stage = 0; stage < stages; ++stage) {
+    cp_async_wait<kStages - 2>();
+    sync_warp();  // what every lane copied is there for all, and all have read the stage whose place is filled next
+    load(stage + kStages - 1);
+    const int slot = stage % kStages;
+    const char* rows_of_k = pipeline + slot * Policy::kStageBytes;
+    float score[2][4];
+    score_stage<Policy, T>(p, rows, q, first_key + stage * Policy::kStageKeys, rows_of_k, masks[slot], score);
+    fold_stage<Policy, T>(score, rows_of_k + kWarpKeys * Tile<kDim>::kRowBytes, state);
+  }
+  cp_async_wait<0>();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    state.rounded[half] = reduce_sum(state.rounded[half], 4);
+    state.exact[half] = reduce_sum(state.exact[half], 4);
+  }
+}
+
+// A state of a tile over some of its keys, in shared memory or in the workspace: m, the rounded and the exact sum of each
+// row, then its output.
+template <int kDim>
+struct Record {
+  static PAGEDCORE_MEMBER int stats(int row) { return row * 3; }
+  static PAGEDCORE_MEMBER int output(int row, int d) { return kTileRows * 3 + row * kDim + d; }
+};
+
+template <int kDim>
+PAGEDCORE_DEVICE void write_record(const WarpState<kDim>& state, float* to) {
+  using At = Record<kDim>;
+  const int lane = lane_id();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = lane / 4 + half * 8;
+    if (lane % 4 == 0) {
+      to[At::stats(row)] = state.m[half];
+      to[At::stats(row) + 1] = state.rounded[half];
+      to[At::stats(row) + 2] = state.exact[half];
+    }
+#pragma unroll
+    for (int i = 0; i < kDim / 8; ++i) {
+      to[At::output(row, i * 8 + lane % 4 * 2)] = state.o[i][half * 2];
+      to[At::output(row, i * 8 + lane % 4 * 2 + 1)] = state.o[i][half * 2 + 1];
+    }
+  }
+}
+
+// Records over disjoint keys of one tile: the first, and `count - 1` more that are evenly spaced.
+struct Parts {
+  const float* first;
+  const float* rest;
+  int64_t stride;  // between the rest, in floats
+  int count;
+
+  PAGEDCORE_MEMBER const float* operator[](int i) const { return i == 0 ? first : rest + (i - 1) * stride; }
+};
+
+struct Folded {
+  float m, rounded, exact, o;
+};
+
+// Column d of a row, folded over all parts in index order. kOthers: the records are other blocks' of this launch.
+template <int kDim, bool kOthers>
+PAGEDCORE_DEVICE Folded fold(const Parts& parts, int row, int d) {
+  using At = Record<kDim>;
+  const auto load = [](const float* p) { return kOthers ? load_coherent(p) : *p; };
+  float m = -INFINITY;
+  for (int i = 0; i < parts.count; ++i) m = max_of(m, load(parts[i] + At::stats(row)));
+  const float reference = finite_max(m);
+  Folded f{m, 0.0f, 0.0f, 0.0f};
+  for (int i = 0; i < parts.count; ++i) {
+    const float* part = parts[i];
+    const float factor = exp2_approx(load(part + At::stats(row)) - reference);
+    f.rounded = fmaf(factor, load(part + At::stats(row) + 1), f.rounded);
+    f.exact = fmaf(factor, load(part + At::stats(row) + 2), f.exact);
+    f.o = fmaf(factor, load(part + At::output(row, d)), f.o);
+  }
+  return f;
+}
+
+template <class Policy, class T, bool kOthers>
+PAGEDCORE_DEVICE void write_output(const AttentionParams& p, const Span& s, const Parts& parts) {
+  for (int i = thread_id(); i < kTileRows * Policy::kDim; i += Policy::kThreads) {
+    const int d = i % Policy::kDim;
+    const Row row = row_of(p, s, i / Policy::kDim);
+    if (!row.valid) continue;
+    const Folded f = fold<Policy::kDim, kOthers>(parts, i / Policy::kDim, d);
+    T* out = static_cast<T*>(p.out) + row.token * p.out_token_stride + row.head * p.out_head_stride;
+    from_float(f.rounded > 0.0f ? f.o / f.rounded : 0.0f, out[d]);
+    if (p.lse != nullptr && d == 0) {
+      p.lse[row.token * p.lse_token_stride + row.head * p.lse_head_stride] = log_sum_exp(f.m, f.exact);
+    }
+  }
+}
+
+template <class Policy>
+PAGEDCORE_DEVICE void write_partial(const Parts& parts, float* to) {
+  using At = Record<Policy::kDim>;
+  for (int i = thread_id(); i < kTileRows * Policy::kDim; i += Policy::kThreads) {
+    const int row = i / Policy::kDim, d = i % Policy::kDim;
+    const Folded f = fold<Policy::kDim, false>(parts, row, d);
+    to[At::output(row, d)] = f.o;
+    if (d == 0) {
+      to[At::stats(row)] = f.m;
+      to[At::stats(row) + 1] = f.rounded;
+      to[At::stats(row) + 2] = f.exact;
+    }
+  }
+}
+
+// A span that is not all of its item: leaves its state, and folds all of the item's pieces if it is the last to arrive.
+template <class Policy, class T>
+PAGEDCORE_DEVICE void finish_piece(const DecodeParams& params, const Span& s, const Parts& parts, int* arrived) {
+  const AttentionParams& p = params.attention;
+  const WorkPlan& plan = params.plan;
+  const int64_t units = plan.first_units[p.num_seqs];
+  const int first = block_of_unit(units, plan.grid, s.item_begin);
+  const int last = block_of_unit(units, plan.grid, s.item_end - 1);
+  // At most two pieces a block: record 0 of the item that began in an earlier one, record 1 of the one that begins here.
+  const auto record = [&](int block, int which) {
+    return plan.partials + (int64_t{block} * 2 + which) * Policy::kRecordFloats;
+  };
+  write_partial<Policy>(parts, record(block_x(), s.begin == s.item_begin ? 1 : 0));
+  // Every thread's stores, then the barrier, then one thread's fence: that is what makes them visible with its count.
+  sync_threads();
+  if (thread_id() == 0) {
+    fence();
+    *arrived = atomic_add(plan.counters + first, 1);
+    fence();
+  }
+  sync_threads();
+  if (*arrived != last - first) return;
+  write_output<Policy, T, true>(p, s, {record(first, 1), record(first + 1, 0), 2 * Policy::kRecordFloats, last - first + 1});
+  if (thread_id() == 0) plan.counters[first] = 0;  // for the next layer that uses this plan
+}
+
+template <class Policy, class T>
+PAGEDCORE_KERNEL(Policy::kThreads, Policy::kDim <= 128 ? 2 : 1)
+decode_kernel(const DecodeParams params) {
+  const AttentionParams& p = params.attention;
+  char* shared = shared_memory();
+  char* pipeline = shared + warp_id() * Policy::kStages * Policy::kStageBytes;
+  auto* masks = reinterpret_cast<uint32_t*>(shared + Policy::kMasksAt) + warp_id() * Policy::kStages;
+  auto* arrived = reinterpret_cast<int*>(shared + Policy::kMasksAt);  // once the pipeline is empty
+  auto* records = reinterpret_cast<float*>(shared);
+
+  const int64_t units = params.plan.first_units[p.num_seqs];
+  const int64_t limit = first_unit(units, params.plan.grid, block_x() + 1);
+  for (int64_t unit = first_unit(units, params.plan.grid, block_x()); unit < limit;) {
+    const Span s = span_at(params, unit, limit);
+    WarpState<Policy::kDim> state{};
+    state.m[0] = state.m[1] = -INFINITY;
+    {
+      const Row rows[2] = {row_of(p, s, lane_id() / 4), row_of(p, s, lane_id() / 4 + 8)};
+      attend_span<Policy, T>(p, s, rows, pipeline, masks, state);
+    }
+    sync_threads();  // the records take the place of the pipelines
+    write_record<Policy::kDim>(state, records + warp_id() * Policy::kRecordFloats);
+    sync_threads();
+    const Parts parts{records, records + Policy::kRecordFloats, Policy::kRecordFloats, Policy::kWarps};
+    if (s.begin == s.item_begin && s.end == s.item_end) {
+      write_output<Policy, T, false>(p, s, parts);
+    } else {
+      finish_piece<Policy, T>(params, s, parts, arrived);
+    }
+    sync_threads();  // the pipelines take the place of the records
+    unit = s.end;
+  }
+}
+
+template <int kDim, class T>
+void run(const AttentionParams& p, const WorkPlan& plan, Stream stream) {
+  using Policy = DecodePolicy<kDim>;
+  prepare(decode_kernel<Policy, T>, Policy::kSharedBytes);
+  launch(decode_kernel<Policy, T>, plan.grid, 1, 1, Policy::kThreads, Policy::kSharedBytes, stream, DecodeParams{p, plan});
+}
+
+template <class T>
+void run(const AttentionParams& p, const WorkPlan& plan, Stream stream) {
+  switch (p.head_dim) {
+    case 64: return run<64, T>(p, plan, stream);
+    case 80: return run<80, T>(p, plan, stream);
+    case 96: return run<96, T>(p, plan, stream);
+    case 112: return run<112, T>(p, plan, stream);
+    case 128: return run<128, T>(p, plan, stream);
+    case 192: return run<192, T>(p, plan, stream);
+    case 256: return run<256, T>(p, plan, stream);
+    default: throw std::invalid_argument("head_dim " + std::to_string(p.head_dim) + ": see why_not_tiled");
+  }
+}
+
+bool on_16_bytes(const void* data, int64_t token_stride, int64_t head_stride, int64_t block_stride = 0) {
+  return (reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(token_stride * 2) |
+          static_cast<uintptr_t>(head_stride * 2) | static_cast<uintptr_t>(block_stride * 2)) %
+             kChunkBytes ==
+         0;
+}
+
+}  // namespace
+
+const char* why_not_tiled(const AttentionParams& p) {
+  if (p.dtype != DType::f16 && p.dtype != DType::bf16) return "the dtype is not float16 or bfloat16";
+  if (p.head_dim != p.v_head_dim) return "K and V have different head sizes";
+  const int dims[] = {64, 80, 96, 112, 128, 192, 256};
+  bool known = false;
+  for (const int dim : dims) known = known || p.head_dim == dim;
+  if (!known) return "the head size is not 64, 80, 96, 112, 128, 192 or 256";
+  if (!on_16_bytes(p.query, p.query_token_stride, p.query_head_stride)) return "rows of query do not start on 16 bytes";
+  if (!on_16_bytes(p.k.data, p.k.token_stride, p.k.head_stride, p.k.block_stride)) {
+    return "rows of k_cache do not start on 16 bytes";
+  }
+  if (!on_16_bytes(p.v.data, p.v.token_stride, p.v.head_stride, p.v.block_stride)) {
+    return "rows of v_cache do not start on 16 bytes";
+  }
+  return nullptr;
+}
+
+void attention_decode(const AttentionParams& p, const WorkPlan& plan, Stream stream) {
+  if (p.num_tokens == 0) return;
+  if (p.dtype == DType::f16) return run<f16>(p, plan, stream);
+  run<bf16>(p, plan, stream);
+}
+
+}  // namespace pagedcore::gpu

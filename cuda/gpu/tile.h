@@ -1,0 +1,30 @@
+// Rows of 16-bit elements in shared memory, swizzled so that neither the copies that fill a tile nor ldmatrix that reads
+// it meet a bank twice.
+#pragma once
+
+#include <cstdint>
+
+#include "pagedcore/device.h"
+
+namespace pagedcore::gpu {
+
+constexpr int kChunkBytes = 16;
+constexpr int kChunkElements = 8;
+
+constexpr int greatest_common_divisor(int a, int b) { return b == 0 ? a : greatest_common_divisor(b, a % b); }
+
+template <int kDim>
+struct Tile {
+  static_assert(kDim % 16 == 0 && kDim >= 64 && kDim <= 256, "head sizes of the tiled kernels");
+  static constexpr int kChunks = kDim / kChunkElements;  // of a row
+  static constexpr int kRowBytes = kDim * 2;
+  static constexpr int kFlips = greatest_common_divisor(kChunks, 8);
+
+  // Eight rows read at one chunk must fall on eight different groups of four banks. Rows that start gcd(kChunks, 8) groups
+  // apart repeat every 8 / gcd rows: from there on the chunk's number is flipped by one more.
+  static PAGEDCORE_MEMBER int offset(int row, int chunk) {
+    return row * kRowBytes + (chunk ^ (row / (8 / kFlips)) % kFlips) * kChunkBytes;
+  }
+};
+
+}  // namespace pagedcore::gpu

@@ -1,0 +1,131 @@
+// device.h for nvcc: one instruction each.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#define PAGEDCORE_LINE
+#define PAGEDCORE_PASS_LINE
+#define PAGEDCORE_KERNEL(max_threads, min_blocks) __global__ void __launch_bounds__(max_threads, min_blocks)
+#define PAGEDCORE_DEVICE static __device__ __forceinline__
+#define PAGEDCORE_MEMBER __device__ __forceinline__
+
+namespace pagedcore::device {
+
+using Stream = cudaStream_t;
+using Vec16 = uint4;
+
+PAGEDCORE_DEVICE int thread_id() { return static_cast<int>(threadIdx.x); }
+PAGEDCORE_DEVICE int block_threads() { return static_cast<int>(blockDim.x); }
+PAGEDCORE_DEVICE int block_x() { return static_cast<int>(blockIdx.x); }
+PAGEDCORE_DEVICE int block_y() { return static_cast<int>(blockIdx.y); }
+PAGEDCORE_DEVICE int block_z() { return static_cast<int>(blockIdx.z); }
+PAGEDCORE_DEVICE int grid_x() { return static_cast<int>(gridDim.x); }
+
+PAGEDCORE_DEVICE char* shared_memory() {
+  extern __shared__ __align__(1024) char pagedcore_shared[];
+  return pagedcore_shared;
+}
+
+PAGEDCORE_DEVICE void sync_threads() { __syncthreads(); }
+PAGEDCORE_DEVICE void sync_warp() { __syncwarp(); }
+PAGEDCORE_DEVICE float shuffle_xor(float x, int lane_mask) { return __shfl_xor_sync(0xffffffffu, x, lane_mask); }
+PAGEDCORE_DEVICE int shuffle(int x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+PAGEDCORE_DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+PAGEDCORE_DEVICE uint32_t ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
+
+PAGEDCORE_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+PAGEDCORE_DEVICE void cp_async_16(void* shared, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+PAGEDCORE_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kLeft>
+PAGEDCORE_DEVICE void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+
+PAGEDCORE_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+PAGEDCORE_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+template <class T>
+PAGEDCORE_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <>
+__device__ __forceinline__ void mma_m16n8k16<f16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <>
+__device__ __forceinline__ void mma_m16n8k16<bf16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+template <class T>
+PAGEDCORE_DEVICE uint32_t pack2(float low, float high);
+template <>
+__device__ __forceinline__ uint32_t pack2<f16>(float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+template <>
+__device__ __forceinline__ uint32_t pack2<bf16>(float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+
+PAGEDCORE_DEVICE float exp2_approx(float x) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+PAGEDCORE_DEVICE int bit_count(uint32_t x) { return __popc(x); }
+PAGEDCORE_DEVICE float max_of(float a, float b) { return fmaxf(a, b); }
+
+PAGEDCORE_DEVICE uint32_t load_4(const void* p) { return *static_cast<const uint32_t*>(p); }
+PAGEDCORE_DEVICE Vec16 load_16(const void* p) { return *static_cast<const uint4*>(p); }
+PAGEDCORE_DEVICE void store_16(void* p, const Vec16& value) { *static_cast<uint4*>(p) = value; }
+PAGEDCORE_DEVICE float load_coherent(const float* p) { return __ldcg(p); }
+PAGEDCORE_DEVICE int atomic_add(int* p, int value) { return atomicAdd(p, value); }
+PAGEDCORE_DEVICE void fence() { __threadfence(); }
+
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+template <class Params>
+void prepare(void (*kernel)(Params), size_t shared_bytes) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+        "cudaFuncSetAttribute");
+}
+
+template <class Params>
+void launch(void (*kernel)(Params), int grid_x, int grid_y, int grid_z, int threads, size_t shared_bytes,
+            Stream stream, const Params& params) {
+  kernel<<<dim3(grid_x, grid_y, grid_z), threads, shared_bytes, stream>>>(params);
+  check(cudaGetLastError(), "kernel launch");
+}
+
+}  // namespace pagedcore::device

@@ -1,0 +1,110 @@
+// device.h for a C++ compiler: calls into the host shim.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "warp.h"
+
+// The line that a collective was called from tells the shim whether all lanes mean the same one.
+#define PAGEDCORE_LINE , int line = __builtin_LINE()
+#define PAGEDCORE_PASS_LINE , line
+#define PAGEDCORE_KERNEL(max_threads, min_blocks) static void
+#define PAGEDCORE_DEVICE static inline
+#define PAGEDCORE_MEMBER inline
+
+namespace pagedcore::device {
+
+using Stream = void*;
+
+struct alignas(16) Vec16 {
+  uint32_t x, y, z, w;
+};
+
+PAGEDCORE_DEVICE int thread_id() { return shim::index().thread; }
+PAGEDCORE_DEVICE int block_threads() { return shim::index().threads; }
+PAGEDCORE_DEVICE int block_x() { return shim::index().block.x; }
+PAGEDCORE_DEVICE int block_y() { return shim::index().block.y; }
+PAGEDCORE_DEVICE int block_z() { return shim::index().block.z; }
+PAGEDCORE_DEVICE int grid_x() { return shim::index().grid.x; }
+
+PAGEDCORE_DEVICE char* shared_memory() { return shim::shared_memory(); }
+
+PAGEDCORE_DEVICE void sync_threads(int line = __builtin_LINE()) { shim::sync_threads(line); }
+PAGEDCORE_DEVICE void sync_warp(int line = __builtin_LINE()) { shim::sync_warp(line); }
+
+PAGEDCORE_DEVICE float shuffle_xor(float x, int lane_mask, int line = __builtin_LINE()) {
+  return shim::shuffle_xor(x, lane_mask, line);
+}
+PAGEDCORE_DEVICE int shuffle(int x, int lane, int line = __builtin_LINE()) { return shim::shuffle(x, lane, line); }
+PAGEDCORE_DEVICE float shuffle(float x, int lane, int line = __builtin_LINE()) {
+  return bits_float(static_cast<uint32_t>(shim::shuffle(static_cast<int>(float_bits(x)), lane, line)));
+}
+// Bit i: what lane i brought.
+PAGEDCORE_DEVICE uint32_t ballot(bool x, int line = __builtin_LINE()) { return shim::ballot(x, line); }
+
+// 16 bytes between shared and global memory, landing at the wait; zeros where `valid` is false, and `global` is not read.
+PAGEDCORE_DEVICE void cp_async_16(void* shared, const void* global, bool valid) {
+  shim::cp_async(shared, global, 16, valid ? 16 : 0);
+}
+PAGEDCORE_DEVICE void cp_async_commit() { shim::cp_async_commit(); }
+// Until at most kLeft of this thread's committed groups are still under way.
+template <int kLeft>
+PAGEDCORE_DEVICE void cp_async_wait() {
+  shim::cp_async_wait(kLeft);
+}
+
+// Four 8x8 matrices of 16-bit elements: lane i brings the address of row i % 8 of matrix i / 8, 16 bytes aligned.
+PAGEDCORE_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row, int line = __builtin_LINE()) {
+  shim::ldmatrix_x4(r, row, false, line);
+}
+PAGEDCORE_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, int line = __builtin_LINE()) {
+  shim::ldmatrix_x4(r, row, true, line);
+}
+
+// d += a * b, a 16x16 (row-major), b 16x8 (column-major), d 16x8 in f32; T is f16 or bf16.
+template <class T>
+PAGEDCORE_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                   int line = __builtin_LINE()) {
+  static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, f16>);
+  shim::mma_m16n8k16(d, a, b0, b1, std::is_same_v<T, bf16>, line);
+}
+
+// Two floats rounded to nearest even, the first in the low half.
+template <class T>
+PAGEDCORE_DEVICE uint32_t pack2(float low, float high) {
+  T a, b;
+  from_float(low, a);
+  from_float(high, b);
+  return a.bits | static_cast<uint32_t>(b.bits) << 16;
+}
+
+PAGEDCORE_DEVICE float exp2_approx(float x) { return shim::approximate(::exp2f(x), 2); }
+PAGEDCORE_DEVICE int bit_count(uint32_t x) { return __builtin_popcount(x); }
+PAGEDCORE_DEVICE float max_of(float a, float b) { return ::fmaxf(a, b); }
+
+PAGEDCORE_DEVICE uint32_t load_4(const void* p) { return shim::load_4(p); }
+PAGEDCORE_DEVICE Vec16 load_16(const void* p) { return shim::load_16<Vec16>(p); }
+PAGEDCORE_DEVICE void store_16(void* p, const Vec16& value) { shim::store_16(p, value); }
+// Past the first-level cache, which is not coherent between blocks: for what another block of this launch wrote.
+PAGEDCORE_DEVICE float load_coherent(const float* p) { return *p; }
+
+// Returns the earlier value.
+PAGEDCORE_DEVICE int atomic_add(int* p, int value) {
+  shim::atomic_access(p);
+  return shim::plain_add(p, value);
+}
+PAGEDCORE_DEVICE void fence() { shim::fence(); }
+
+// Before the first launch on a device; not while a graph is captured. Here there is nothing to prepare.
+template <class Params>
+void prepare(void (*)(Params), size_t) {}
+
+template <class Params>
+void launch(void (*kernel)(Params), int grid_x, int grid_y, int grid_z, int threads, size_t shared_bytes, Stream,
+            const Params& params) {
+  shim::launch({{grid_x, grid_y, grid_z}, threads, shared_bytes}, [kernel, params] { kernel(params); });
+}
+
+}  // namespace pagedcore::device
