@@ -35,10 +35,12 @@ constexpr float kLazyGrowth = 8.0f;
 template <int kDim_>
 struct DecodePolicy {
   static constexpr int kDim = kDim_;
-  // Two warps at 256, so that a block fits the 99 KB of sm_86 and sm_89. The stages are to be chosen by measurement; three
-  // fill 96 KiB at 128.
-  static constexpr int kWarps = kDim <= 192 ? 4 : 2;
-  static constexpr int kStages = kDim <= 128 ? 3 : 2;
+  // Above 128 the output takes 96 or 128 registers a thread: two warps, so that a block fits the 99 KB of sm_86 and
+  // sm_89, and Q is read from shared memory at each step instead of being held. The stages are to be chosen by
+  // measurement; three fill 96 KiB at 128.
+  static constexpr int kWarps = kDim <= 128 ? 4 : 2;
+  static constexpr int kStages = kDim <= 192 ? 3 : 2;
+  static constexpr bool kQueryInShared = kDim > 128;
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kStageKeys = kWarps * kWarpKeys;
   static constexpr int kStagesPerUnit = kUnitKeys / kStageKeys;
@@ -47,7 +49,9 @@ struct DecodePolicy {
   static constexpr int kRecordFloats = static_cast<int>(partial_floats(kDim));
   static constexpr int kRecordsBytes = kWarps * kRecordFloats * 4;
   static constexpr int kMasksAt = kPipelineBytes > kRecordsBytes ? kPipelineBytes : kRecordsBytes;
-  static constexpr int kSharedBytes = kMasksAt + kWarps * kStages * 4;
+  static constexpr int kQueryAt = kMasksAt + 128;
+  static_assert(kWarps * kStages * 4 <= 128, "room for the masks");
+  static constexpr int kSharedBytes = kQueryAt + (kQueryInShared ? kTileRows * kDim * 2 : 0);
   static_assert(kSharedBytes <= 99 * 1024, "shared memory of one block on sm_86 and sm_89");
 };
 
@@ -144,7 +148,7 @@ PAGEDCORE_DEVICE void load_stage(const AttentionParams& p, const Span& s, KeyRan
   char* v_rows = stage + kWarpKeys * Rows::kRowBytes;
   constexpr int kCopies = kWarpKeys * Rows::kChunks;
   static_assert(kCopies % kWarpSize == 0, "every lane makes as many copies");
-#pragma unroll
+#pragma unroll 2  // more would keep that many pairs of 64-bit addresses in registers
   for (int i = 0; i < kCopies / kWarpSize; ++i) {
     const int copy = i * kWarpSize + lane;
     const int row = copy / Rows::kChunks, chunk = copy % Rows::kChunks;
@@ -158,27 +162,58 @@ PAGEDCORE_DEVICE void load_stage(const AttentionParams& p, const Span& s, KeyRan
   }
 }
 
-// One thread's Q fragments: rows lane / 4 and + 8, all of head_dim.
-template <class T, int kDim>
-PAGEDCORE_DEVICE void load_query(const AttentionParams& p, const Row (&rows)[2], uint32_t (&q)[kDim / 16][4]) {
-  const int pair = lane_id() % 4 * 2;
+// The tile's rows of Q as mma's fragments, a step of 16 columns at a time: held in registers, or read from shared memory.
+template <class Policy, class T>
+struct Query {
+  uint32_t held[Policy::kQueryInShared ? 1 : Policy::kDim / 16][4];
+  const char* tile;
+
+  // Reached by the whole block.
+  PAGEDCORE_MEMBER void load(const AttentionParams& p, const Span& s, char* shared) {
+    if constexpr (Policy::kQueryInShared) {
+      using Rows = Tile<Policy::kDim>;
+      for (int i = thread_id(); i < kTileRows * Rows::kChunks; i += Policy::kThreads) {
+        const int r = i / Rows::kChunks, chunk = i % Rows::kChunks;
+        const Row row = row_of(p, s, r);
+        store_16(shared + Rows::offset(r, chunk), row.valid ? load_16(start_of(p, row) + chunk * kChunkElements) : Vec16{});
+      }
+      tile = shared;
+      sync_threads();
+    } else {
+      const int pair = lane_id() % 4 * 2;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const Row& row = rows[half];
-    const T* from = static_cast<const T*>(p.query) + row.token * p.query_token_stride + row.head * p.query_head_stride;
+      for (int half = 0; half < 2; ++half) {
+        const Row row = row_of(p, s, lane_id() / 4 + half * 8);
+        const T* from = start_of(p, row) + pair;
 #pragma unroll
-    for (int step = 0; step < kDim / 16; ++step) {
-      q[step][half] = row.valid ? load_4(from + step * 16 + pair) : 0u;
-      q[step][half + 2] = row.valid ? load_4(from + step * 16 + 8 + pair) : 0u;
+        for (int step = 0; step < Policy::kDim / 16; ++step) {
+          held[step][half] = row.valid ? load_4(from + step * 16) : 0u;
+          held[step][half + 2] = row.valid ? load_4(from + step * 16 + 8) : 0u;
+        }
+      }
     }
   }
-}
+
+  PAGEDCORE_MEMBER void fragment(int step, uint32_t (&a)[4]) const {
+    if constexpr (Policy::kQueryInShared) {
+      const int lane = lane_id();
+      ldmatrix_x4(a, tile + Tile<Policy::kDim>::offset(lane / 8 % 2 * 8 + lane % 8, step * 2 + lane / 16));
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = held[step][i];
+    }
+  }
+
+ private:
+  static PAGEDCORE_MEMBER const T* start_of(const AttentionParams& p, const Row& row) {
+    return static_cast<const T*>(p.query) + row.token * p.query_token_stride + row.head * p.query_head_stride;
+  }
+};
 
 // Scores of 16 rows by 16 keys, masked, in base 2: score[i][c] is key i * 8 + lane % 4 * 2 + c % 2 of row c / 2.
 template <class Policy, class T>
-PAGEDCORE_DEVICE void score_stage(const AttentionParams& p, const Row (&rows)[2],
-                                  const uint32_t (&q)[Policy::kDim / 16][4], int key, const char* stage,
-                                  uint32_t valid, float (&score)[2][4]) {
+PAGEDCORE_DEVICE void score_stage(const AttentionParams& p, const Row (&rows)[2], const Query<Policy, T>& query, int key,
+                                  const char* stage, uint32_t valid, float (&score)[2][4]) {
   using Rows = Tile<Policy::kDim>;
   const int lane = lane_id();
 #pragma unroll
@@ -186,10 +221,11 @@ PAGEDCORE_DEVICE void score_stage(const AttentionParams& p, const Row (&rows)[2]
   const int key_row = lane / 16 * 8 + lane % 8;
 #pragma unroll
   for (int step = 0; step < Policy::kDim / 16; ++step) {
-    uint32_t k[4];
+    uint32_t q[4], k[4];
+    query.fragment(step, q);
     ldmatrix_x4(k, stage + Rows::offset(key_row, step * 2 + lane / 8 % 2));
-    mma_m16n8k16<T>(score[0], q[step], k[0], k[1]);
-    mma_m16n8k16<T>(score[1], q[step], k[2], k[3]);
+    mma_m16n8k16<T>(score[0], q, k[0], k[1]);
+    mma_m16n8k16<T>(score[1], q, k[2], k[3]);
   }
   const float scale = p.scale * kLog2E;
 #pragma unroll
@@ -262,8 +298,8 @@ PAGEDCORE_DEVICE void fold_stage(const float (&score)[2][4], const char* v_rows,
 
 // One warp's share of a span: 16 keys of every stage.
 template <class Policy, class T>
-PAGEDCORE_DEVICE void attend_span(const AttentionParams& p, const Span& s, const Row (&rows)[2], char* pipeline,
-                                  uint32_t* masks, WarpState<Policy::kDim>& state) {
+PAGEDCORE_DEVICE void attend_span(const AttentionParams& p, const Span& s, char* shared,
+                                  WarpState<Policy::kDim>& state) {
   constexpr int kDim = Policy::kDim;
   constexpr int kStages = Policy::kStages;
   const int query_len = p.query_start_loc[s.seq + 1] - p.query_start_loc[s.seq];
@@ -272,8 +308,11 @@ PAGEDCORE_DEVICE void attend_span(const AttentionParams& p, const Span& s, const
   const int first_key =
       static_cast<int>(s.first_key + (s.begin - s.item_begin) * kUnitKeys) + warp_id() * kWarpKeys;
 
-  uint32_t q[kDim / 16][4];
-  load_query<T, kDim>(p, rows, q);
+  char* pipeline = shared + warp_id() * kStages * Policy::kStageBytes;
+  auto* masks = reinterpret_cast<uint32_t*>(shared + Policy::kMasksAt) + warp_id() * kStages;
+  const Row rows[2] = {row_of(p, s, lane_id() / 4), row_of(p, s, lane_id() / 4 + 8)};
+  Query<Policy, T> query;
+  query.load(p, s, shared + Policy::kQueryAt);
 
   const auto load = [&](int stage) {
     const int slot = stage % kStages;
@@ -292,7 +331,7 @@ PAGEDCORE_DEVICE void attend_span(const AttentionParams& p, const Span& s, const
     const int slot = stage % kStages;
     const char* rows_of_k = pipeline + slot * Policy::kStageBytes;
     float score[2][4];
-    score_stage<Policy, T>(p, rows, q, first_key + stage * Policy::kStageKeys, rows_of_k, masks[slot], score);
+    score_stage<Policy, T>(p, rows, query, first_key + stage * Policy::kStageKeys, rows_of_k, masks[slot], score);
     fold_stage<Policy, T>(score, rows_of_k + kWarpKeys * Tile<kDim>::kRowBytes, state);
   }
   cp_async_wait<0>();
@@ -425,8 +464,6 @@ PAGEDCORE_KERNEL(Policy::kThreads, Policy::kDim <= 128 ? 2 : 1)
 decode_kernel(const DecodeParams params) {
   const AttentionParams& p = params.attention;
   char* shared = shared_memory();
-  char* pipeline = shared + warp_id() * Policy::kStages * Policy::kStageBytes;
-  auto* masks = reinterpret_cast<uint32_t*>(shared + Policy::kMasksAt) + warp_id() * Policy::kStages;
   auto* arrived = reinterpret_cast<int*>(shared + Policy::kMasksAt);  // once the pipeline is empty
   auto* records = reinterpret_cast<float*>(shared);
 
@@ -436,10 +473,7 @@ decode_kernel(const DecodeParams params) {
     const Span s = span_at(params, unit, limit);
     WarpState<Policy::kDim> state{};
     state.m[0] = state.m[1] = -INFINITY;
-    {
-      const Row rows[2] = {row_of(p, s, lane_id() / 4), row_of(p, s, lane_id() / 4 + 8)};
-      attend_span<Policy, T>(p, s, rows, pipeline, masks, state);
-    }
+    attend_span<Policy, T>(p, s, shared, state);
     sync_threads();  // the records take the place of the pipelines
     write_record<Policy::kDim>(state, records + warp_id() * Policy::kRecordFloats);
     sync_threads();
