@@ -123,10 +123,14 @@ void run(const AttentionParams& p, Stream stream) {
 void attention_generic(const AttentionParams& p, Stream stream) {
   if (p.num_tokens == 0) return;
   switch (p.dtype) {
-    case DType::f32: return run<float>(p, stream);
-    case DType::f16: return run<f16>(p, stream);
-    case DType::bf16: return run<bf16>(p, stream);
-    default: throw std::invalid_argument("attention over a dtype that is no float");
+    case DType::f32:
+      return run<float>(p, stream);
+    case DType::f16:
+      return run<f16>(p, stream);
+    case DType::bf16:
+      return run<bf16>(p, stream);
+    default:
+      throw std::invalid_argument("attention over a dtype that is no float");
   }
 }
 

@@ -3,18 +3,18 @@
 // Computes softmax(scale * Q K^T + mask) V for a few query tokens a sequence. The query heads that share a KV head are
 // packed into the rows of one tile, so K and V are read once per group: G flop a byte in 16 bits.
 //
-// Cut: a fixed grid of blocks shares all work evenly (work.h). A block takes its spans one after another; within a span,
-// each of its four warps takes 16 keys of each stage of 64, with a pipeline of cp.async stages, a running maximum, sum and
-// output of its own, and no barrier of the block until the span ends. Then the four states are merged through shared
-// memory. Why 16 rows by tokens split over warps: a decode row tile has no more rows than that, wgmma's 64 would be 3/4
-// padding, and the output of 16 rows fits a warp's registers (64 of them at head size 128).
+// Cut: a fixed grid of blocks shares all work evenly (work.h). A block takes its spans one after another; within a
+// span, each of its four warps takes 16 keys of each stage of 64, with a pipeline of cp.async stages, a running
+// maximum, sum and output of its own, and no barrier of the block until the span ends. Then the four states are merged
+// through shared memory. Why 16 rows by tokens split over warps: a decode row tile has no more rows than that, wgmma's
+// 64 would be 3/4 padding, and the output of 16 rows fits a warp's registers (64 of them at head size 128).
 //
 // Bytes: 4 * head_dim a key and KV head; nothing is read twice but page ids and the query.
 // Shared memory: kStages * 4 warps * 16 keys * 4 * head_dim bytes (96 KiB at head size 128: two blocks an SM on sm_90),
 // reused for the merge, and the pages' valid bits.
 //
-// Chosen when rows per (sequence, KV head) are few, dtype is f16 or bf16, K and V have one head size of 64, 80, 96, 112,
-// 128, 192 or 256, and every row of Q, K and V starts on 16 bytes.
+// Chosen when rows per (sequence, KV head) are few, dtype is f16 or bf16, K and V have one head size of 64, 80, 96,
+// 112, 128, 192 or 256, and every row of Q, K and V starts on 16 bytes.
 #include "gpu.h"
 #include "pagedcore/pages.h"
 #include "pagedcore/softmax.h"
@@ -28,8 +28,8 @@ using namespace device;
 
 constexpr int kWarpKeys = 16;  // of a stage: the inner size of P V
 
-// Scores are in base 2. While a row's maximum grows by less than this its reference stays: weights are at most 2^8, which
-// f16 holds, and the output need not be rescaled.
+// Scores are in base 2. While a row's maximum grows by less than this its reference stays: weights are at most 2^8,
+// which f16 holds, and the output need not be rescaled.
 constexpr float kLazyGrowth = 8.0f;
 
 template <int kDim_>
@@ -155,14 +155,17 @@ PAGEDCORE_DEVICE void load_stage(const AttentionParams& p, const Span& s, KeyRan
     const int row_block = shuffle(block, row);
     const int row_slot = shuffle(slot, row);
     const bool readable = row_block >= 0;
-    const int64_t k_at = readable ? row_block * p.k.block_stride + row_slot * p.k.token_stride + chunk * kChunkElements : 0;
-    const int64_t v_at = readable ? row_block * p.v.block_stride + row_slot * p.v.token_stride + chunk * kChunkElements : 0;
+    const int64_t k_at =
+        readable ? row_block * p.k.block_stride + row_slot * p.k.token_stride + chunk * kChunkElements : 0;
+    const int64_t v_at =
+        readable ? row_block * p.v.block_stride + row_slot * p.v.token_stride + chunk * kChunkElements : 0;
     cp_async_16(k_rows + Rows::offset(row, chunk), k + k_at, readable);
     cp_async_16(v_rows + Rows::offset(row, chunk), v + v_at, readable);
   }
 }
 
-// The tile's rows of Q as mma's fragments, a step of 16 columns at a time: held in registers, or read from shared memory.
+// The tile's rows of Q as mma's fragments, a step of 16 columns at a time: held in registers, or read from shared
+// memory.
 template <class Policy, class T>
 struct Query {
   uint32_t held[Policy::kQueryInShared ? 1 : Policy::kDim / 16][4];
@@ -175,7 +178,8 @@ struct Query {
       for (int i = thread_id(); i < kTileRows * Rows::kChunks; i += Policy::kThreads) {
         const int r = i / Rows::kChunks, chunk = i % Rows::kChunks;
         const Row row = row_of(p, s, r);
-        store_16(shared + Rows::offset(r, chunk), row.valid ? load_16(start_of(p, row) + chunk * kChunkElements) : Vec16{});
+        store_16(shared + Rows::offset(r, chunk),
+                 row.valid ? load_16(start_of(p, row) + chunk * kChunkElements) : Vec16{});
       }
       tile = shared;
       sync_threads();
@@ -212,8 +216,8 @@ struct Query {
 
 // Scores of 16 rows by 16 keys, masked, in base 2: score[i][c] is key i * 8 + lane % 4 * 2 + c % 2 of row c / 2.
 template <class Policy, class T>
-PAGEDCORE_DEVICE void score_stage(const AttentionParams& p, const Row (&rows)[2], const Query<Policy, T>& query, int key,
-                                  const char* stage, uint32_t valid, float (&score)[2][4]) {
+PAGEDCORE_DEVICE void score_stage(const AttentionParams& p, const Row (&rows)[2], const Query<Policy, T>& query,
+                                  int key, const char* stage, uint32_t valid, float (&score)[2][4]) {
   using Rows = Tile<Policy::kDim>;
   const int lane = lane_id();
 #pragma unroll
@@ -305,8 +309,7 @@ PAGEDCORE_DEVICE void attend_span(const AttentionParams& p, const Span& s, char*
   const int query_len = p.query_start_loc[s.seq + 1] - p.query_start_loc[s.seq];
   const KeyRange seen = visible_keys(p, p.seq_lens[s.seq], query_len, 0, query_len);
   const int stages = static_cast<int>(s.end - s.begin) * Policy::kStagesPerUnit;
-  const int first_key =
-      static_cast<int>(s.first_key + (s.begin - s.item_begin) * kUnitKeys) + warp_id() * kWarpKeys;
+  const int first_key = static_cast<int>(s.first_key + (s.begin - s.item_begin) * kUnitKeys) + warp_id() * kWarpKeys;
 
   char* pipeline = shared + warp_id() * kStages * Policy::kStageBytes;
   auto* masks = reinterpret_cast<uint32_t*>(shared + Policy::kMasksAt) + warp_id() * kStages;
@@ -342,8 +345,8 @@ PAGEDCORE_DEVICE void attend_span(const AttentionParams& p, const Span& s, char*
   }
 }
 
-// A state of a tile over some of its keys, in shared memory or in the workspace: m, the rounded and the exact sum of each
-// row, then its output.
+// A state of a tile over some of its keys, in shared memory or in the workspace: m, the rounded and the exact sum of
+// each row, then its output.
 template <int kDim>
 struct Record {
   static PAGEDCORE_MEMBER int stats(int row) { return row * 3; }
@@ -441,7 +444,8 @@ PAGEDCORE_DEVICE void finish_piece(const DecodeParams& params, const Span& s, co
   const int64_t units = plan.first_units[p.num_seqs];
   const int first = block_of_unit(units, plan.grid, s.item_begin);
   const int last = block_of_unit(units, plan.grid, s.item_end - 1);
-  // At most two pieces a block: record 0 of the item that began in an earlier one, record 1 of the one that begins here.
+  // At most two pieces a block: record 0 of the item that began in an earlier one, record 1 of the one that begins
+  // here.
   const auto record = [&](int block, int which) {
     return plan.partials + (int64_t{block} * 2 + which) * Policy::kRecordFloats;
   };
@@ -455,7 +459,8 @@ PAGEDCORE_DEVICE void finish_piece(const DecodeParams& params, const Span& s, co
   }
   sync_threads();
   if (*arrived != last - first) return;
-  write_output<Policy, T, true>(p, s, {record(first, 1), record(first + 1, 0), 2 * Policy::kRecordFloats, last - first + 1});
+  write_output<Policy, T, true>(p, s,
+                                {record(first, 1), record(first + 1, 0), 2 * Policy::kRecordFloats, last - first + 1});
   if (thread_id() == 0) plan.counters[first] = 0;  // for the next layer that uses this plan
 }
 
@@ -492,20 +497,29 @@ template <int kDim, class T>
 void run(const AttentionParams& p, const WorkPlan& plan, Stream stream) {
   using Policy = DecodePolicy<kDim>;
   prepare(decode_kernel<Policy, T>, Policy::kSharedBytes);
-  launch(decode_kernel<Policy, T>, plan.grid, 1, 1, Policy::kThreads, Policy::kSharedBytes, stream, DecodeParams{p, plan});
+  launch(decode_kernel<Policy, T>, plan.grid, 1, 1, Policy::kThreads, Policy::kSharedBytes, stream,
+         DecodeParams{p, plan});
 }
 
 template <class T>
 void run(const AttentionParams& p, const WorkPlan& plan, Stream stream) {
   switch (p.head_dim) {
-    case 64: return run<64, T>(p, plan, stream);
-    case 80: return run<80, T>(p, plan, stream);
-    case 96: return run<96, T>(p, plan, stream);
-    case 112: return run<112, T>(p, plan, stream);
-    case 128: return run<128, T>(p, plan, stream);
-    case 192: return run<192, T>(p, plan, stream);
-    case 256: return run<256, T>(p, plan, stream);
-    default: throw std::invalid_argument("head_dim " + std::to_string(p.head_dim) + ": see why_not_tiled");
+    case 64:
+      return run<64, T>(p, plan, stream);
+    case 80:
+      return run<80, T>(p, plan, stream);
+    case 96:
+      return run<96, T>(p, plan, stream);
+    case 112:
+      return run<112, T>(p, plan, stream);
+    case 128:
+      return run<128, T>(p, plan, stream);
+    case 192:
+      return run<192, T>(p, plan, stream);
+    case 256:
+      return run<256, T>(p, plan, stream);
+    default:
+      throw std::invalid_argument("head_dim " + std::to_string(p.head_dim) + ": see why_not_tiled");
   }
 }
 

@@ -1,5 +1,5 @@
-// The GPU backend: each op over plain parameters, on a stream. Arguments were checked by the caller as far as shapes and
-// types go. The contents of index tensors are not read on the host: what is out of range is masked by the kernels.
+// The GPU backend: each op over plain parameters, on a stream. Arguments were checked by the caller as far as shapes
+// and types go. The contents of index tensors are not read on the host: what is out of range is masked by the kernels.
 #pragma once
 
 #include <cstddef>
@@ -18,8 +18,9 @@ void attention_generic(const AttentionParams& params, device::Stream stream);
 struct WorkPlan {
   int64_t* first_units;  // [num_seqs + 1] work units before each sequence, and in all
   int32_t* counters;     // [grid] pieces that arrived, of the item that begins in each block and does not end there
-  float* partials;       // [grid, 2, partial_floats(v_head_dim)] what a block has of the item it begins, ends, in the middle of
-  int grid;              // blocks of the attention kernel
+  float*
+      partials;  // [grid, 2, partial_floats(v_head_dim)] what a block has of the item it begins, ends, in the middle of
+  int grid;      // blocks of the attention kernel
 };
 
 // Fills first_units and zeroes the counters.

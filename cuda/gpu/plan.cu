@@ -1,8 +1,8 @@
 // plan_attention: the running sum of work units over the sequences, and counters at zero. One block; no host knows the
 // lengths, so a captured graph plans anew at each replay.
 //
-// Cut: thread t sums sequences [t * n, (t + 1) * n), the sums are scanned in shared memory, and each thread writes its own
-// sequences' running sums. Shared memory: one int64 a thread.
+// Cut: thread t sums sequences [t * n, (t + 1) * n), the sums are scanned in shared memory, and each thread writes its
+// own sequences' running sums. Shared memory: one int64 a thread.
 #include "gpu.h"
 #include "work.h"
 

@@ -1,5 +1,5 @@
-// Rows of 16-bit elements in shared memory, swizzled so that neither the copies that fill a tile nor ldmatrix that reads
-// it meet a bank twice.
+// Rows of 16-bit elements in shared memory, swizzled so that neither the copies that fill a tile nor ldmatrix that
+// reads it meet a bank twice.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +20,8 @@ struct Tile {
   static constexpr int kRowBytes = kDim * 2;
   static constexpr int kFlips = greatest_common_divisor(kChunks, 8);
 
-  // Eight rows read at one chunk must fall on eight different groups of four banks. Rows that start gcd(kChunks, 8) groups
-  // apart repeat every 8 / gcd rows: from there on the chunk's number is flipped by one more.
+  // Eight rows read at one chunk must fall on eight different groups of four banks. Rows that start gcd(kChunks, 8)
+  // groups apart repeat every 8 / gcd rows: from there on the chunk's number is flipped by one more.
   static PAGEDCORE_MEMBER int offset(int row, int chunk) {
     return row * kRowBytes + (chunk ^ (row / (8 / kFlips)) % kFlips) * kChunkBytes;
   }

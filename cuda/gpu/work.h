@@ -1,9 +1,9 @@
 // How the attention of one call is cut over a fixed grid of blocks (stream-K).
 //
-// Every (sequence, KV head, tile of rows) is an item; its keys are cut into units of kUnitKeys. All units of a call stand
-// in one line, sequence by sequence, and block b of a grid of n takes [b * units / n, (b + 1) * units / n): every block has
-// the same work to within one unit, whatever the lengths are. An item that lies in one block is finished there. One that
-// spans several leaves a partial state per block, and the last block to arrive folds them in order.
+// Every (sequence, KV head, tile of rows) is an item; its keys are cut into units of kUnitKeys. All units of a call
+// stand in one line, sequence by sequence, and block b of a grid of n takes [b * units / n, (b + 1) * units / n): every
+// block has the same work to within one unit, whatever the lengths are. An item that lies in one block is finished
+// there. One that spans several leaves a partial state per block, and the last block to arrive folds them in order.
 #pragma once
 
 #include <cstdint>
@@ -23,8 +23,8 @@ PAGEDCORE_FN int row_tiles(const AttentionParams& p, int64_t query_len) {
   return static_cast<int>((rows + kTileRows - 1) / kTileRows);
 }
 
-// Keys that any query of the sequence sees, from a multiple of kUnitKeys on. At least one unit where there is a query, so
-// that a row that sees nothing is written too.
+// Keys that any query of the sequence sees, from a multiple of kUnitKeys on. At least one unit where there is a query,
+// so that a row that sees nothing is written too.
 struct KeyUnits {
   int64_t first;
   int count;
@@ -52,11 +52,16 @@ struct Span {
   int64_t first_key;             // of the item's first unit
 };
 
-// The first unit of block `block`.
-PAGEDCORE_FN int64_t first_unit(int64_t units, int grid, int block) { return units * block / grid; }
+// The first unit of block `block`. With fewer units than blocks the last blocks have none: those between two pieces of
+// an item always have one.
+PAGEDCORE_FN int64_t first_unit(int64_t units, int grid, int block) {
+  if (units < grid) return block < units ? block : units;
+  return units * block / grid;
+}
 
 // The block that unit `unit` belongs to.
 PAGEDCORE_FN int block_of_unit(int64_t units, int grid, int64_t unit) {
+  if (units < grid) return static_cast<int>(unit);
   int block = static_cast<int>(unit * grid / units);
   while (block + 1 < grid && first_unit(units, grid, block + 1) <= unit) ++block;
   return block;

@@ -16,7 +16,9 @@ namespace {
 constexpr size_t kGuardBytes = 4096;
 
 #if defined(__SANITIZE_ADDRESS__)
-void leave_stack(void** fake_stack, const void* to, size_t bytes) { __sanitizer_start_switch_fiber(fake_stack, to, bytes); }
+void leave_stack(void** fake_stack, const void* to, size_t bytes) {
+  __sanitizer_start_switch_fiber(fake_stack, to, bytes);
+}
 void enter_stack(void* fake_stack, const void** from, size_t* bytes) {
   __sanitizer_finish_switch_fiber(fake_stack, from, bytes);
 }
@@ -30,8 +32,8 @@ void clear_stack(const void*, size_t) {}
 
 }  // namespace
 
-// switch_context(save, load): stores this execution's stack pointer in *save and goes on with the one in `load`. What the
-// calling convention lets a callee change freely, the caller has saved already; the rest goes on the stack.
+// switch_context(save, load): stores this execution's stack pointer in *save and goes on with the one in `load`. What
+// the calling convention lets a callee change freely, the caller has saved already; the rest goes on the stack.
 extern "C" void pagedcore_shim_switch(void** save, void* load);
 // Where a new fiber begins: calls r12(rbx), which never returns.
 extern "C" void pagedcore_shim_begin();

@@ -49,7 +49,8 @@ const std::pair<const char* const, Mapping>* find(const void* address, size_t by
 class Opened {
  public:
   Opened(const void* address, size_t bytes) : entry_(find(address, bytes)) {
-    if (entry_ == nullptr) throw std::out_of_range("not " + std::to_string(bytes) + " bytes of the shim's device memory");
+    if (entry_ == nullptr)
+      throw std::out_of_range("not " + std::to_string(bytes) + " bytes of the shim's device memory");
     protect(entry_->second, PROT_READ | PROT_WRITE);
   }
   ~Opened() { protect(entry_->second, PROT_NONE); }

@@ -242,10 +242,10 @@ extern "C" {
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
-#define PAGEDCORE_HOOKS(bytes)                                                                                        \
-  void __tsan_read##bytes(void* p) { races::read(pagedcore::shim::index().thread, p, bytes); }                       \
-  void __tsan_write##bytes(void* p) { races::write(pagedcore::shim::index().thread, p, bytes); }                     \
-  void __tsan_unaligned_read##bytes(void* p) { races::read(pagedcore::shim::index().thread, p, bytes); }             \
+#define PAGEDCORE_HOOKS(bytes)                                                                           \
+  void __tsan_read##bytes(void* p) { races::read(pagedcore::shim::index().thread, p, bytes); }           \
+  void __tsan_write##bytes(void* p) { races::write(pagedcore::shim::index().thread, p, bytes); }         \
+  void __tsan_unaligned_read##bytes(void* p) { races::read(pagedcore::shim::index().thread, p, bytes); } \
   void __tsan_unaligned_write##bytes(void* p) { races::write(pagedcore::shim::index().thread, p, bytes); }
 PAGEDCORE_HOOKS(1)
 PAGEDCORE_HOOKS(2)

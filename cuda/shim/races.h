@@ -1,12 +1,12 @@
-// Data races, found by happens-before: two accesses of different threads to one byte, one of them a write, with no barrier
-// between them.
+// Data races, found by happens-before: two accesses of different threads to one byte, one of them a write, with no
+// barrier between them.
 //
 // The kernel's translation unit is compiled with -fsanitize=thread and not linked with its library; the calls that the
-// compiler puts before each load and store end here. Within a block, order comes from __syncthreads and, between lanes of
-// a warp, from __syncwarp. Blocks run one after another, so between blocks order must be proved and not seen: what block A
-// wrote may be read by block B if A's writer published it (the write; a barrier unless the same thread goes on; a fence;
-// an atomic access) and B's reader acquired it (an atomic access to the same word; a fence; a barrier unless the same
-// thread goes on).
+// compiler puts before each load and store end here. Within a block, order comes from __syncthreads and, between lanes
+// of a warp, from __syncwarp. Blocks run one after another, so between blocks order must be proved and not seen: what
+// block A wrote may be read by block B if A's writer published it (the write; a barrier unless the same thread goes on;
+// a fence; an atomic access) and B's reader acquired it (an atomic access to the same word; a fence; a barrier unless
+// the same thread goes on).
 #pragma once
 
 #include <cstddef>

@@ -15,9 +15,7 @@ class Random {
     return z ^ z >> 31;
   }
   // Uniform in [0, n); the bias of the product is below n / 2^64.
-  uint64_t below(uint64_t n) {
-    return static_cast<uint64_t>(static_cast<unsigned __int128>(next()) * n >> 64);
-  }
+  uint64_t below(uint64_t n) { return static_cast<uint64_t>(static_cast<unsigned __int128>(next()) * n >> 64); }
 
  private:
   uint64_t state_ = 0;

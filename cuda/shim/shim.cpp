@@ -212,7 +212,7 @@ class CatchBadAddresses {
     alternate.ss_sp = stack_;
     alternate.ss_size = sizeof stack_;
     sigaltstack(&alternate, &earlier_stack_);
-    struct sigaction action {};
+    struct sigaction action{};
     action.sa_sigaction = on_bad_address;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
     sigaction(SIGSEGV, &action, &earlier_action);
@@ -233,13 +233,15 @@ void run(const LaunchShape& shape, const std::function<void()>& body) {
   Runtime& r = runtime();
   if (r.running != nullptr) throw KernelFault("a kernel runs already");
   if (shape.threads < kWarpSize || shape.threads > 1024 || shape.threads % kWarpSize != 0) {
-    throw KernelFault("a block of " + std::to_string(shape.threads) + " threads: a multiple of 32 up to 1024 is needed");
+    throw KernelFault("a block of " + std::to_string(shape.threads) +
+                      " threads: a multiple of 32 up to 1024 is needed");
   }
   const int64_t blocks = shape.grid.count();
   if (blocks <= 0 || shape.grid.y > 65535 || shape.grid.z > 65535) throw KernelFault("an empty or too large grid");
   constexpr size_t kMaxShared = size_t{227} << 10;  // what one block of sm_90 can have
   if (shape.shared_bytes > kMaxShared) {
-    throw KernelFault(std::to_string(shape.shared_bytes) + " bytes of shared memory: at most " + std::to_string(kMaxShared));
+    throw KernelFault(std::to_string(shape.shared_bytes) + " bytes of shared memory: at most " +
+                      std::to_string(kMaxShared));
   }
   while (r.threads.size() < static_cast<size_t>(shape.threads)) r.threads.push_back(std::make_unique<Thread>());
   constexpr size_t kSharedAlignment = 1024;
@@ -341,9 +343,11 @@ void sync_warp(int line) {
 void cp_async(void* shared, const void* global, int bytes, int valid_bytes) {
   Runtime& r = runtime();
   char* to = static_cast<char*>(shared);
-  if (to < r.shared_begin || to + bytes > r.shared_begin + r.shared_bytes) fault("cp.async to outside of shared memory");
+  if (to < r.shared_begin || to + bytes > r.shared_begin + r.shared_bytes)
+    fault("cp.async to outside of shared memory");
   if (reinterpret_cast<uintptr_t>(to) % static_cast<uintptr_t>(bytes) != 0) fault("cp.async to a misaligned address");
-  if (reinterpret_cast<uintptr_t>(global) % static_cast<uintptr_t>(bytes) != 0) fault("cp.async from a misaligned address");
+  if (reinterpret_cast<uintptr_t>(global) % static_cast<uintptr_t>(bytes) != 0)
+    fault("cp.async from a misaligned address");
   if (valid_bytes > 0 && !is_device_memory(global, static_cast<size_t>(valid_bytes))) {
     fault("cp.async from what is not device memory");
   }
@@ -357,6 +361,9 @@ void cp_async_commit() {
   Thread& t = *runtime().running;
   t.committed.push_back(std::move(t.open_group));
   t.open_group.clear();
+  // The others go on while the copies are under way.
+  make_ready(t);
+  t.fiber.suspend();
 }
 
 void cp_async_wait(int groups_left) {

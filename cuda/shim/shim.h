@@ -3,7 +3,8 @@
 //
 //   * shared memory starts as NaN, and so does device memory;
 //   * cp.async data is unreadable from its issue to its wait;
-//   * a barrier that not all threads of the block reach, or a warp collective that not all 32 lanes reach at one place, is
+//   * a barrier that not all threads of the block reach, or a warp collective that not all 32 lanes reach at one place,
+//   is
 //     a fault, and so is a misaligned vector access;
 //   * device memory is mapped only while a kernel runs: the host cannot read it by mistake;
 //   * in the race-check build every access is compared with those of the other threads (races.h).
@@ -46,8 +47,8 @@ void launch(const LaunchShape& shape, std::function<void()> body);
 // instructions.
 void set_seed(uint64_t seed);
 
-// Launches are put aside instead of run, as in the capture of a graph, and run by `replay` with what device memory holds
-// then.
+// Launches are put aside instead of run, as in the capture of a graph, and run by `replay` with what device memory
+// holds then.
 class Recording {
  public:
   Recording();
@@ -83,8 +84,8 @@ char* shared_memory();
 void sync_threads(int line);
 void sync_warp(int line);
 
-// All 32 lanes bring their operands; the last to arrive runs `complete` over them, in lane order. `kind` and `line` must
-// agree across the lanes.
+// All 32 lanes bring their operands; the last to arrive runs `complete` over them, in lane order. `kind` and `line`
+// must agree across the lanes.
 void collective(const char* kind, int line, void* operands, void (*complete)(void** operands));
 
 void cp_async(void* shared, const void* global, int bytes, int valid_bytes);

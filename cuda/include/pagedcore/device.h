@@ -1,6 +1,6 @@
 // Every intrinsic of the GPU kernels, once: threads, barriers, warp collectives, asynchronous copies, matrix products,
-// atomics, launches. nvcc turns each into its instruction; a C++ compiler turns it into a call of the host shim, which runs
-// the same kernels in the test suite (cuda/shim/shim.h).
+// atomics, launches. nvcc turns each into its instruction; a C++ compiler turns it into a call of the host shim, which
+// runs the same kernels in the test suite (cuda/shim/shim.h).
 //
 // Rules that make the second possible, and that a kernel must keep:
 //   * dynamic shared memory only, through shared_memory();

@@ -44,7 +44,8 @@ PAGEDCORE_DEVICE float shuffle(float x, int lane, int line = __builtin_LINE()) {
 // Bit i: what lane i brought.
 PAGEDCORE_DEVICE uint32_t ballot(bool x, int line = __builtin_LINE()) { return shim::ballot(x, line); }
 
-// 16 bytes between shared and global memory, landing at the wait; zeros where `valid` is false, and `global` is not read.
+// 16 bytes between shared and global memory, landing at the wait; zeros where `valid` is false, and `global` is not
+// read.
 PAGEDCORE_DEVICE void cp_async_16(void* shared, const void* global, bool valid) {
   shim::cp_async(shared, global, 16, valid ? 16 : 0);
 }

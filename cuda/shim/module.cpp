@@ -1,0 +1,119 @@
+// The shim as a Python module, for the tests: device memory by address, and each GPU op by the fields of its
+// parameters.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+
+#include <memory>
+
+#include "faulty.h"
+#include "gpu.h"
+#include "races.h"
+#include "shim.h"
+
+namespace py = pybind11;
+
+namespace pagedcore::shim {
+namespace {
+
+template <class T>
+T* pointer(const py::dict& fields, const char* name) {
+  return fields.contains(name) ? reinterpret_cast<T*>(py::cast<uintptr_t>(fields[name])) : nullptr;
+}
+
+template <class T>
+void set(T& field, const py::dict& fields, const char* name) {
+  if (fields.contains(name)) field = py::cast<T>(fields[name]);
+}
+
+Pages pages(const py::dict& fields, const char* name) {
+  const auto given = py::cast<std::array<uintptr_t, 4>>(fields[name]);
+  return {reinterpret_cast<void*>(given[0]), static_cast<int64_t>(given[1]), static_cast<int64_t>(given[2]),
+          static_cast<int64_t>(given[3])};
+}
+
+DType dtype_of(const std::string& name) {
+  if (name == "float32") return DType::f32;
+  if (name == "float16") return DType::f16;
+  if (name == "bfloat16") return DType::bf16;
+  throw py::value_error("dtype " + name);
+}
+
+AttentionParams attention_params(const py::dict& fields) {
+  AttentionParams p{};
+  p.query = pointer<const void>(fields, "query");
+  p.k = pages(fields, "k");
+  p.v = pages(fields, "v");
+  p.block_table = pointer<const int32_t>(fields, "block_table");
+  p.block_table_rows = pointer<const int32_t>(fields, "block_table_rows");
+  p.seq_lens = pointer<const int32_t>(fields, "seq_lens");
+  p.query_start_loc = pointer<const int32_t>(fields, "query_start_loc");
+  p.out = pointer<void>(fields, "out");
+  p.lse = pointer<float>(fields, "lse");
+#define PAGEDCORE_FIELD(name) set(p.name, fields, #name)
+  PAGEDCORE_FIELD(query_token_stride);
+  PAGEDCORE_FIELD(query_head_stride);
+  PAGEDCORE_FIELD(block_table_stride);
+  PAGEDCORE_FIELD(out_token_stride);
+  PAGEDCORE_FIELD(out_head_stride);
+  PAGEDCORE_FIELD(lse_token_stride);
+  PAGEDCORE_FIELD(lse_head_stride);
+  PAGEDCORE_FIELD(num_tokens);
+  PAGEDCORE_FIELD(num_blocks);
+  PAGEDCORE_FIELD(max_blocks);
+  PAGEDCORE_FIELD(num_seqs);
+  PAGEDCORE_FIELD(table_rows);
+  PAGEDCORE_FIELD(num_heads);
+  PAGEDCORE_FIELD(num_kv_heads);
+  PAGEDCORE_FIELD(head_dim);
+  PAGEDCORE_FIELD(v_head_dim);
+  PAGEDCORE_FIELD(block_size);
+  PAGEDCORE_FIELD(window);
+  PAGEDCORE_FIELD(scale);
+  PAGEDCORE_FIELD(causal);
+#undef PAGEDCORE_FIELD
+  p.dtype = dtype_of(py::cast<std::string>(fields["dtype"]));
+  return p;
+}
+
+// The planned kernel with a workspace of its own, poisoned. Run `launches` times over one plan, as layers do.
+void attention_decode(const py::dict& fields, int grid, int launches) {
+  const AttentionParams p = attention_params(fields);
+  if (const char* reason = gpu::why_not_tiled(p)) throw py::value_error(reason);
+  struct Free {
+    void operator()(void* memory) const { release(memory); }
+  };
+  const auto array = [](int64_t bytes) { return std::unique_ptr<void, Free>(allocate(static_cast<size_t>(bytes))); };
+  const auto first_units = array((int64_t{p.num_seqs} + 1) * 8), counters = array(int64_t{grid} * 4),
+             partials = array(int64_t{grid} * 2 * gpu::partial_floats(p.v_head_dim) * 4);
+  const gpu::WorkPlan plan{static_cast<int64_t*>(first_units.get()), static_cast<int32_t*>(counters.get()),
+                           static_cast<float*>(partials.get()), grid};
+  gpu::plan_attention(p, plan, nullptr);
+  for (int i = 0; i < launches; ++i) gpu::attention_decode(p, plan, nullptr);
+}
+
+}  // namespace
+}  // namespace pagedcore::shim
+
+PYBIND11_MODULE(PAGEDCORE_SHIM_MODULE, m) {
+  namespace shim = pagedcore::shim;
+  namespace gpu = pagedcore::gpu;
+  py::register_local_exception<shim::KernelFault>(m, "KernelFault", PyExc_RuntimeError);
+  m.attr("checks_races") = shim::races::enabled();
+  m.def("set_seed", &shim::set_seed);
+  m.def("allocate", [](size_t bytes) { return reinterpret_cast<uintptr_t>(shim::allocate(bytes)); });
+  m.def("release", [](uintptr_t memory) { shim::release(reinterpret_cast<void*>(memory)); });
+  m.def("copy_to_device", [](uintptr_t device, uintptr_t host, size_t bytes) {
+    shim::copy_to_device(reinterpret_cast<void*>(device), reinterpret_cast<const void*>(host), bytes);
+  });
+  m.def("copy_to_host", [](uintptr_t host, uintptr_t device, size_t bytes) {
+    shim::copy_to_host(reinterpret_cast<void*>(host), reinterpret_cast<const void*>(device), bytes);
+  });
+  m.def("attention_generic",
+        [](const py::dict& fields) { gpu::attention_generic(shim::attention_params(fields), nullptr); });
+  m.def("attention_decode", &shim::attention_decode, py::arg("fields"), py::arg("grid"), py::arg("launches") = 1);
+  m.def("why_not_tiled", [](const py::dict& fields) { return gpu::why_not_tiled(shim::attention_params(fields)); });
+  m.def("faulty_kernels", &shim::faulty_kernels, "names of kernels with one fault each, and of one without");
+  m.def("run_faulty", &shim::run_faulty);
+}

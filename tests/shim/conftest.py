@@ -1,0 +1,55 @@
+"""Builds the GPU kernels under the host shim: once plain, once with the race check."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def build(check: str) -> ModuleType:
+    """Compiles cuda/shim with CMake into build/shim-<check>, or nothing if nothing changed, and loads the module."""
+    directory = ROOT / "build" / f"shim-{check}"
+    pybind11 = subprocess.run(
+        [sys.executable, "-m", "pybind11", "--cmakedir"], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    configure = [
+        *("cmake", "-S", str(ROOT / "cuda" / "shim"), "-B", str(directory), "-G", "Ninja"),
+        *(f"-Dpybind11_DIR={pybind11}", f"-DPython_EXECUTABLE={sys.executable}", f"-DPAGEDCORE_SHIM_CHECK={check}"),
+    ]
+    for command in (configure, ["cmake", "--build", str(directory)]):
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode != 0:
+            pytest.fail(f"{' '.join(command)}:\n{result.stdout}{result.stderr}", pytrace=False)
+    (library,) = directory.glob("_shim*.so")
+    spec = importlib.util.spec_from_file_location(library.name.partition(".")[0], library)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def plain_shim() -> Any:
+    return build("none")
+
+
+@pytest.fixture(scope="session")
+def race_shim() -> Any:
+    return build("races")
+
+
+@pytest.fixture(params=["plain", "races"])
+def shim(request: pytest.FixtureRequest) -> Any:
+    """The shim's module, in each of its builds."""
+    return request.getfixturevalue("plain_shim" if request.param == "plain" else "race_shim")

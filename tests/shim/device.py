@@ -1,0 +1,108 @@
+"""Tensors on the shim's device, and attention over them."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from reference import Batch
+
+ELEMENT = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+class Device:
+    """Copies of tensors in the shim's memory, freed at the end of the block."""
+
+    def __init__(self, shim: Any) -> None:
+        self.shim = shim
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def allocate(self, size: int) -> int:
+        """Address of `size` bytes of NaN."""
+        address: int = self.shim.allocate(size)
+        self._stack.callback(self.shim.release, address)
+        return address
+
+    def upload(self, tensor: torch.Tensor) -> int:
+        """Address of the tensor's first element in a copy of its whole storage, so that its strides stay true."""
+        storage = tensor.untyped_storage()
+        address = self.allocate(storage.nbytes())
+        self.shim.copy_to_device(address, storage.data_ptr(), storage.nbytes())
+        return address + tensor.storage_offset() * tensor.element_size()
+
+    def download(self, address: int, like: torch.Tensor) -> torch.Tensor:
+        """A contiguous tensor of the shape and dtype of `like`."""
+        result = torch.empty(like.shape, dtype=like.dtype)
+        self.shim.copy_to_host(result.data_ptr(), address, result.numel() * result.element_size())
+        return result
+
+
+def attend(
+    shim: Any,
+    batch: Batch,
+    kernel: str,
+    *,
+    window: int | None = None,
+    causal: bool = True,
+    grid: int = 6,
+    launches: int = 1,
+    seed: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) of `batch` by one of the GPU kernels, "generic" or "decode"."""
+    num_tokens, num_heads, head_dim = batch.query.shape
+    num_blocks, num_kv_heads, block_size, v_head_dim = batch.v_cache.shape
+    out_like = torch.empty(num_tokens, num_heads, v_head_dim, dtype=batch.query.dtype)
+    lse_like = torch.empty(num_tokens, num_heads)
+    with Device(shim) as device:
+        out = device.allocate(out_like.numel() * out_like.element_size())
+        lse = device.allocate(lse_like.numel() * 4)
+        fields = {
+            "query": device.upload(batch.query),
+            "k": (device.upload(batch.k_cache), *batch.k_cache.stride()[:3]),
+            "v": (device.upload(batch.v_cache), *batch.v_cache.stride()[:3]),
+            "block_table": device.upload(batch.block_table),
+            "seq_lens": device.upload(batch.seq_lens),
+            "query_start_loc": device.upload(batch.query_start_loc),
+            "out": out,
+            "lse": lse,
+            "query_token_stride": batch.query.stride(0),
+            "query_head_stride": batch.query.stride(1),
+            "block_table_stride": batch.block_table.stride(0),
+            "out_token_stride": num_heads * v_head_dim,
+            "out_head_stride": v_head_dim,
+            "lse_token_stride": num_heads,
+            "lse_head_stride": 1,
+            "num_tokens": num_tokens,
+            "num_blocks": num_blocks,
+            "max_blocks": batch.block_table.shape[1],
+            "num_seqs": len(batch.seq_lens),
+            "table_rows": len(batch.block_table),
+            "num_heads": num_heads,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": head_dim,
+            "v_head_dim": v_head_dim,
+            "block_size": block_size,
+            "window": window or 0,
+            "scale": head_dim**-0.5,
+            "causal": causal,
+            "dtype": ELEMENT[batch.query.dtype],
+        }
+        shim.set_seed(seed)
+        if kernel == "generic":
+            shim.attention_generic(fields)
+        else:
+            shim.attention_decode(fields, grid, launches)
+        return device.download(out, out_like), device.download(lse, lse_like)
