@@ -83,6 +83,15 @@ test-slow: $(READY) $(MODEL) ## Only the slow Python tests
 	$(say) "pytest, slow tests"
 	@.venv/bin/python -m pytest -m slow $(ARGS)
 
+.PHONY: test-shim
+test-shim: $(READY) ## The GPU kernels under the host shim (part of `make test`; no GPU needed)
+	$(say) "pytest, shim"
+	@.venv/bin/python -m pytest tests/shim $(ARGS)
+
+.PHONY: shim-mutants
+shim-mutants: $(READY) ## Plant faults in the GPU kernels one at a time: the shim's tests must catch each (10 minutes)
+	@.venv/bin/python tests/shim/mutants.py
+
 .PHONY: bench
 bench: $(READY) ## The microbenchmarks
 	@.venv/bin/python -m pagedcore.bench $(ARGS)

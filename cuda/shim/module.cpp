@@ -103,6 +103,7 @@ PYBIND11_MODULE(PAGEDCORE_SHIM_MODULE, m) {
   m.attr("checks_races") = shim::races::enabled();
   m.def("set_seed", &shim::set_seed);
   m.def("allocate", [](size_t bytes) { return reinterpret_cast<uintptr_t>(shim::allocate(bytes)); });
+  m.def("reserve", [](size_t bytes) { return reinterpret_cast<uintptr_t>(shim::allocate(bytes, false)); });
   m.def("release", [](uintptr_t memory) { shim::release(reinterpret_cast<void*>(memory)); });
   m.def("copy_to_device", [](uintptr_t device, uintptr_t host, size_t bytes) {
     shim::copy_to_device(reinterpret_cast<void*>(device), reinterpret_cast<const void*>(host), bytes);

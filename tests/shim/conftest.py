@@ -1,8 +1,12 @@
-"""Builds the GPU kernels under the host shim: once plain, once with the race check."""
+"""Builds the GPU kernels under the host shim: once plain, once with the race check.
+
+PAGEDCORE_TEST_KERNELS names another directory to take the kernels from: mutants.py plants faults in a copy.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,17 +18,21 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
+KERNELS = Path(os.environ.get("PAGEDCORE_TEST_KERNELS") or ROOT / "cuda" / "gpu").resolve()
 
 
 def build(check: str) -> ModuleType:
     """Compiles cuda/shim with CMake into build/shim-<check>, or nothing if nothing changed, and loads the module."""
     directory = ROOT / "build" / f"shim-{check}"
+    if KERNELS != ROOT / "cuda" / "gpu":
+        directory = KERNELS.parent / f"shim-{check}"
     pybind11 = subprocess.run(
         [sys.executable, "-m", "pybind11", "--cmakedir"], check=True, capture_output=True, text=True
     ).stdout.strip()
     configure = [
         *("cmake", "-S", str(ROOT / "cuda" / "shim"), "-B", str(directory), "-G", "Ninja"),
         *(f"-Dpybind11_DIR={pybind11}", f"-DPython_EXECUTABLE={sys.executable}", f"-DPAGEDCORE_SHIM_CHECK={check}"),
+        f"-DPAGEDCORE_GPU_DIR={KERNELS}",
     ]
     for command in (configure, ["cmake", "--build", str(directory)]):
         result = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -43,6 +43,15 @@ class Device:
         self.shim.copy_to_device(address, storage.data_ptr(), storage.nbytes())
         return address + tensor.storage_offset() * tensor.element_size()
 
+    def upload_blocks(self, cache: torch.Tensor, block_stride: int) -> int:
+        """Address of `cache` with its blocks `block_stride` elements apart and nothing between them."""
+        size = cache.element_size()
+        address: int = self.shim.reserve(((len(cache) - 1) * block_stride + cache[0].numel()) * size)
+        self._stack.callback(self.shim.release, address)
+        for index, block in enumerate(cache.contiguous()):
+            self.shim.copy_to_device(address + index * block_stride * size, block.data_ptr(), block.numel() * size)
+        return address
+
     def download(self, address: int, like: torch.Tensor) -> torch.Tensor:
         """A contiguous tensor of the shape and dtype of `like`."""
         result = torch.empty(like.shape, dtype=like.dtype)
@@ -60,19 +69,29 @@ def attend(
     grid: int = 6,
     launches: int = 1,
     seed: int = 0,
+    block_stride: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) of `batch` by one of the GPU kernels, "generic" or "decode"."""
+    """(out, lse) of `batch` by one of the GPU kernels, "generic" or "decode".
+
+    `block_stride` puts the blocks of both caches that many elements apart.
+    """
     num_tokens, num_heads, head_dim = batch.query.shape
     num_blocks, num_kv_heads, block_size, v_head_dim = batch.v_cache.shape
     out_like = torch.empty(num_tokens, num_heads, v_head_dim, dtype=batch.query.dtype)
     lse_like = torch.empty(num_tokens, num_heads)
     with Device(shim) as device:
+
+        def pages(cache: torch.Tensor) -> tuple[int, ...]:
+            if block_stride is None:
+                return (device.upload(cache), *cache.stride()[:3])
+            return (device.upload_blocks(cache, block_stride), block_stride, *cache.contiguous().stride()[1:3])
+
         out = device.allocate(out_like.numel() * out_like.element_size())
         lse = device.allocate(lse_like.numel() * 4)
         fields = {
             "query": device.upload(batch.query),
-            "k": (device.upload(batch.k_cache), *batch.k_cache.stride()[:3]),
-            "v": (device.upload(batch.v_cache), *batch.v_cache.stride()[:3]),
+            "k": pages(batch.k_cache),
+            "v": pages(batch.v_cache),
             "block_table": device.upload(batch.block_table),
             "seq_lens": device.upload(batch.seq_lens),
             "query_start_loc": device.upload(batch.query_start_loc),

@@ -98,6 +98,13 @@ def test_decode_ignores_blocks_out_of_range(plain_shim: Any) -> None:
     check(shorter, out, lse)
 
 
+@pytest.mark.parametrize("kernel", ["generic", "decode"])
+def test_offsets_past_32_bits(plain_shim: Any, kernel: str) -> None:
+    """Blocks 2^31 elements apart, as in a large pool."""
+    batch = make_batch([70, 20], [1, 1], dtype=torch.bfloat16)
+    check(batch, *attend(plain_shim, batch, kernel, block_stride=2**31))
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

@@ -1,0 +1,142 @@
+"""Plants one fault after another in a copy of the GPU kernels and runs the shim's tests on each: all must be caught.
+
+    python tests/shim/mutants.py        (a minute a fault; prints "caught N of N" last)
+
+A fault counts as caught if a test fails or the process dies.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A fault: `old`, which stands once in `file`, becomes `new`."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+MUTANTS = [
+    Mutant(
+        "missing barrier before the merge", "decode.cu", "    sync_threads();  // the records take the place", "    // "
+    ),
+    Mutant(
+        "missing barrier in the plan's scan",
+        "plan.cu",
+        "    sums[t] += left;\n    sync_threads();",
+        "    sums[t] += left;",
+    ),
+    Mutant("missing wait", "decode.cu", "cp_async_wait<kStages - 2>();", "cp_async_wait<kStages - 1>();"),
+    Mutant("missing sync_warp", "decode.cu", "    sync_warp();  // what every lane copied", "    // "),
+    Mutant(
+        "divergent barrier",
+        "decode.cu",
+        "    sync_threads();  // the pipelines take the place",
+        "    if (thread_id() != 3) sync_threads();  // ",
+    ),
+    Mutant("off-by-one page", "decode.cu", "[mine / p.block_size]", "[(mine + 1) / p.block_size]"),
+    Mutant(
+        "wrong stage index",
+        "decode.cu",
+        "const int slot = stage % kStages;\n    const char*",
+        "const int slot = (stage + 1) % kStages;\n    const char*",
+    ),
+    Mutant("unmasked tail", "decode.cu", "key + index < row.end", "key + index <= row.end"),
+    Mutant("unmasked window edge", "decode.cu", "key + index >= row.begin", "key + index + 1 >= row.begin"),
+    Mutant("bad block id", "decode.cu", "if (block >= p.num_blocks) block = -1;", ""),
+    Mutant("missing fence before the last arriver's merge", "decode.cu", "    fence();\n    *arrived", "    *arrived"),
+    Mutant(
+        "missing fence after the last arrival",
+        "decode.cu",
+        "counters + first, 1);\n    fence();",
+        "counters + first, 1);",
+    ),
+    Mutant(
+        "int32 offset",
+        "decode.cu",
+        "row_block * p.k.block_stride",
+        "static_cast<int32_t>(row_block * p.k.block_stride)",
+    ),
+    Mutant("V of unwritten slots", "decode.cu", "v + v_at, readable);", "v + v_at, true);"),
+    Mutant(
+        "merge before the last piece",
+        "decode.cu",
+        "if (*arrived != last - first) return;",
+        "if (*arrived + 1 < last - first) return;",
+    ),
+    Mutant("counter not reset", "decode.cu", "if (thread_id() == 0) plan.counters[first] = 0;", "//"),
+    Mutant("sum not rescaled", "decode.cu", "        state.rounded[half] *= factor;\n", ""),
+    Mutant("rows of the next tile", "decode.cu", "s.row_tile * kTileRows + r;", "s.row_tile * (kTileRows - 1) + r;"),
+]
+
+
+def plant(mutant: Mutant, directory: Path) -> None:
+    """Puts the fault into the kernels in `directory`."""
+    path = directory / mutant.file
+    text = path.read_text()
+    if text.count(mutant.old) != 1:
+        sys.exit(f"{mutant.name}: {mutant.file} has {text.count(mutant.old)} places to change, expected 1")
+    path.write_text(text.replace(mutant.old, mutant.new))
+
+
+def passes(kernels: Path) -> bool:
+    """Whether the tests of attention pass on the kernels in this directory."""
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            str(ROOT / "tests" / "shim" / "test_shim_attention.py"),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "PAGEDCORE_TEST_KERNELS": str(kernels)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "PAGEDCORE_SHIM_CHECK" in result.stdout:  # the build's own command, which only a failed build prints
+        sys.exit(f"the kernels do not compile:\n{result.stdout}")
+    return result.returncode == 0
+
+
+def main() -> int:
+    """Runs them all; 0 if each was caught and the kernels without a fault pass."""
+    caught = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        kernels = Path(scratch) / "gpu"
+
+        def fresh() -> None:
+            shutil.rmtree(kernels, ignore_errors=True)
+            shutil.copytree(ROOT / "cuda" / "gpu", kernels)  # with the files' times: what did not change is not rebuilt
+
+        fresh()
+        if not passes(kernels):
+            sys.exit("the tests fail on the kernels as they are")
+        for mutant in MUTANTS:
+            fresh()
+            plant(mutant, kernels)
+            found = not passes(kernels)
+            caught += found
+            print(f"{'caught' if found else 'MISSED'}: {mutant.name}", flush=True)
+    print(f"caught {caught} of {len(MUTANTS)}")
+    return 0 if caught == len(MUTANTS) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
