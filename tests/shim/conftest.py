@@ -34,8 +34,10 @@ def build(check: str) -> ModuleType:
         *(f"-Dpybind11_DIR={pybind11}", f"-DPython_EXECUTABLE={sys.executable}", f"-DPAGEDCORE_SHIM_CHECK={check}"),
         f"-DPAGEDCORE_GPU_DIR={KERNELS}",
     ]
+    # CMake and Ninja come with the interpreter's environment, which need not be activated.
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for command in (configure, ["cmake", "--build", str(directory)]):
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if result.returncode != 0:
             pytest.fail(f"{' '.join(command)}:\n{result.stdout}{result.stderr}", pytrace=False)
     (library,) = directory.glob("_shim*.so")
