@@ -79,7 +79,7 @@ PAGEDCORE_KERNEL(kThreads, 1) detours(const Params p) {
       x = shuffle_xor(x, 0);
     }
   }
-  float& own = p.out[block_x() * kThreads + (kThreads - 1 - (t ^ 1)) + (p.flaw == Flaw::out_of_bounds ? 1 << 20 : 0)];
+  float& own = p.out[block_x() * kThreads + (kThreads - 1 - (t ^ 1)) + (p.flaw == Flaw::out_of_bounds ? 4096 : 0)];
   own = x;
 
   if (t == 0) {

@@ -17,6 +17,8 @@ namespace pagedcore::shim {
 namespace {
 
 constexpr size_t kPage = 4096;
+constexpr size_t kGuard =
+    size_t{1} << 20;                // unmapped on both sides of an allocation: an index that is a block off lands there
 constexpr size_t kAlignment = 256;  // what cudaMalloc promises
 
 struct Mapping {
@@ -33,8 +35,8 @@ std::map<const char*, Mapping>& mappings() {
 size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
 
 void protect(const Mapping& m, int protection) {
-  const size_t inner = m.mapped - 2 * kPage;
-  if (inner != 0) mprotect(m.base + kPage, inner, protection);
+  const size_t inner = m.mapped - 2 * kGuard;
+  if (inner != 0) mprotect(m.base + kGuard, inner, protection);
 }
 
 const std::pair<const char* const, Mapping>* find(const void* address, size_t bytes) {
@@ -64,13 +66,13 @@ class Opened {
 }  // namespace
 
 void* allocate(size_t bytes, bool poison) {
-  // The end touches the guard page, up to the alignment: reading past it by more is a fault at once.
+  // The end touches the guard, up to the alignment: reading past it by more is a fault at once.
   const size_t padded = round_up(bytes, kAlignment);
   const size_t inner = round_up(padded, kPage);
-  const size_t mapped = inner + 2 * kPage;
+  const size_t mapped = inner + 2 * kGuard;
   void* base = mmap(nullptr, mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (base == MAP_FAILED) throw std::bad_alloc();
-  char* data = static_cast<char*>(base) + kPage + (inner - padded);
+  char* data = static_cast<char*>(base) + kGuard + (inner - padded);
   mappings()[data] = {static_cast<char*>(base), mapped, bytes};
 #if defined(__SANITIZE_ADDRESS__)
   __asan_poison_memory_region(data + bytes, padded - bytes);
