@@ -18,6 +18,8 @@
 #include "gpu.h"
 #include "pagedcore/pages.h"
 #include "pagedcore/softmax.h"
+#include "record.h"
+#include "rows.h"
 #include "tile.h"
 #include "work.h"
 
@@ -90,30 +92,6 @@ PAGEDCORE_DEVICE Span span_at(const DecodeParams& params, int64_t unit, int64_t 
   s.end = s.item_end < limit ? s.item_end : limit;
   s.first_key = keys.first;
   return s;
-}
-
-// A row of the tile: which query token and head, and the keys [begin, end) it sees. A row past the last sees none.
-struct Row {
-  int64_t token;
-  int head;
-  int begin, end;
-  bool valid;
-};
-
-PAGEDCORE_DEVICE Row row_of(const AttentionParams& p, const Span& s, int r) {
-  const int group = p.num_heads / p.num_kv_heads;
-  const int start = p.query_start_loc[s.seq];
-  const int query_len = p.query_start_loc[s.seq + 1] - start;
-  const int packed = s.row_tile * kTileRows + r;
-  const int query = packed / group;
-  Row row;
-  row.valid = query < query_len;
-  row.token = start + query;
-  row.head = s.kv_head * group + packed % group;
-  const KeyRange keys = row.valid ? visible_keys(p, p.seq_lens[s.seq], query_len, query) : KeyRange{0, 0};
-  row.begin = static_cast<int>(keys.begin);
-  row.end = static_cast<int>(keys.end);
-  return row;
 }
 
 // What one thread keeps of its warp's state over 16 rows: rows lane / 4 and lane / 4 + 8, as mma lays them out.
@@ -345,14 +323,6 @@ PAGEDCORE_DEVICE void attend_span(const AttentionParams& p, const Span& s, char*
   }
 }
 
-// A state of a tile over some of its keys, in shared memory or in the workspace: m, the rounded and the exact sum of
-// each row, then its output.
-template <int kDim>
-struct Record {
-  static PAGEDCORE_MEMBER int stats(int row) { return row * 3; }
-  static PAGEDCORE_MEMBER int output(int row, int d) { return kTileRows * 3 + row * kDim + d; }
-};
-
 template <int kDim>
 PAGEDCORE_DEVICE void write_record(const WarpState<kDim>& state, float* to) {
   using At = Record<kDim>;
@@ -371,39 +341,6 @@ PAGEDCORE_DEVICE void write_record(const WarpState<kDim>& state, float* to) {
       to[At::output(row, i * 8 + lane % 4 * 2 + 1)] = state.o[i][half * 2 + 1];
     }
   }
-}
-
-// Records over disjoint keys of one tile: the first, and `count - 1` more that are evenly spaced.
-struct Parts {
-  const float* first;
-  const float* rest;
-  int64_t stride;  // between the rest, in floats
-  int count;
-
-  PAGEDCORE_MEMBER const float* operator[](int i) const { return i == 0 ? first : rest + (i - 1) * stride; }
-};
-
-struct Folded {
-  float m, rounded, exact, o;
-};
-
-// Column d of a row, folded over all parts in index order. kOthers: the records are other blocks' of this launch.
-template <int kDim, bool kOthers>
-PAGEDCORE_DEVICE Folded fold(const Parts& parts, int row, int d) {
-  using At = Record<kDim>;
-  const auto load = [](const float* p) { return kOthers ? load_coherent(p) : *p; };
-  float m = -INFINITY;
-  for (int i = 0; i < parts.count; ++i) m = max_of(m, load(parts[i] + At::stats(row)));
-  const float reference = finite_max(m);
-  Folded f{m, 0.0f, 0.0f, 0.0f};
-  for (int i = 0; i < parts.count; ++i) {
-    const float* part = parts[i];
-    const float factor = exp2_approx(load(part + At::stats(row)) - reference);
-    f.rounded = fmaf(factor, load(part + At::stats(row) + 1), f.rounded);
-    f.exact = fmaf(factor, load(part + At::stats(row) + 2), f.exact);
-    f.o = fmaf(factor, load(part + At::output(row, d)), f.o);
-  }
-  return f;
 }
 
 template <class Policy, class T, bool kOthers>
