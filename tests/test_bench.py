@@ -26,7 +26,7 @@ def test_quick_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     results = document["results"]
     assert all(set(result) == FIELDS for result in results)
     decode = [r for r in results if r["metric"] == "pagedcore" and r["case"].startswith("decode")]
-    assert len(decode) == 2
+    assert len(decode) == 3
     assert all(r["unit"] == "GB/s" and r["roofline"] > 0 and r["p10"] <= r["value"] <= r["p90"] for r in decode)
     assert "of plain read" in capsys.readouterr().out
 

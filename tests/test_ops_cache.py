@@ -163,3 +163,9 @@ def test_bad_block_ids(device: str, bad: int) -> None:
     with pytest.raises(BlockError, match=f"got block {bad} at index 0"):
         ops.zero_blocks(a, torch.tensor([bad, 1], dtype=torch.int32))
     assert torch.equal(a, before)
+
+
+def test_blocks_without_elements() -> None:
+    """NumPy gives the axes of an empty array stride 0, which is no overlap."""
+    ops.copy_blocks(np.zeros((3, 0), np.float32), np.array([[1, 2]], np.int32))
+    ops.zero_blocks([np.zeros((3, 0, 4), np.float32)], np.array([2], np.int32))

@@ -298,6 +298,7 @@ void require_same_dtype(const Tensor& tensor, const Tensor& reference) {
 void require_writable(const Tensor& tensor) {
   if (tensor.read_only)
     throw ArgumentError(Fault::invalid_argument, tensor.name, "writable memory", "a read-only array");
+  if (tensor.empty()) return;  // its strides mean nothing
   for (int i = 0; i < tensor.ndim; ++i) {
     const auto axis = static_cast<size_t>(i);
     if (tensor.shape[axis] > 1 && tensor.strides[axis] == 0) {
