@@ -34,4 +34,31 @@ const char* why_not_tiled(const AttentionParams& params);
 // Tiles of 16 rows: decode, and a few query tokens a sequence (decode.cu).
 void attention_decode(const AttentionParams& params, const WorkPlan& plan, device::Stream stream);
 
+// This step's K and V to their slots; a slot that is negative or past the cache is skipped. Which of two tokens with
+// one slot is kept is not defined here.
+void reshape_and_cache(const CacheWriteParams& params, int64_t num_blocks, device::Stream stream);
+
+// One tensor whose first axis is the block: its inner axes merged into two and a contiguous run.
+struct BlockRegion {
+  char* data;
+  int64_t num_blocks;
+  int64_t block_stride;  // bytes
+  int64_t shape[2];      // runs of a block: outer, inner
+  int64_t strides[2];    // bytes
+  int64_t contiguous_bytes;
+};
+
+// region[dst] = region[src] for each pair. Pairs go in any order: no dst may be another pair's src or dst.
+void copy_blocks(const BlockRegion& region, const int32_t* pairs, int64_t num_pairs, device::Stream stream);
+void zero_blocks(const BlockRegion& region, const int32_t* blocks, int64_t count, device::Stream stream);
+// Between blocks and a dense staging buffer [count, shape[0], shape[1], contiguous_bytes].
+void gather_blocks(const BlockRegion& region, const int32_t* blocks, int64_t count, void* staging,
+                   device::Stream stream);
+void scatter_blocks(const BlockRegion& region, const int32_t* blocks, int64_t count, const void* staging,
+                    device::Stream stream);
+
+// table[row, index] = block for each of the (row, index, block) in updates [count, 3].
+void update_block_table(int32_t* table, int64_t row_stride, int64_t rows, int64_t columns, const int32_t* updates,
+                        int64_t count, device::Stream stream);
+
 }  // namespace pagedcore::gpu

@@ -6,6 +6,7 @@
 #include <array>
 
 #include <memory>
+#include <tuple>
 
 #include "faulty.h"
 #include "gpu.h"
@@ -93,6 +94,44 @@ void attention_decode(const py::dict& fields, int grid, int launches) {
   for (int i = 0; i < launches; ++i) gpu::attention_decode(p, plan, nullptr);
 }
 
+void reshape_and_cache(const py::dict& fields) {
+  CacheWriteParams p{};
+  p.key = pointer<const void>(fields, "key");
+  p.value = pointer<const void>(fields, "value");
+  p.k = pages(fields, "k");
+  p.v = pages(fields, "v");
+  p.slot_mapping = pointer<const int64_t>(fields, "slot_mapping");
+#define PAGEDCORE_FIELD(name) set(p.name, fields, #name)
+  PAGEDCORE_FIELD(key_token_stride);
+  PAGEDCORE_FIELD(key_head_stride);
+  PAGEDCORE_FIELD(value_token_stride);
+  PAGEDCORE_FIELD(value_head_stride);
+  PAGEDCORE_FIELD(num_tokens);
+  PAGEDCORE_FIELD(num_kv_heads);
+  PAGEDCORE_FIELD(block_size);
+  PAGEDCORE_FIELD(key_bytes);
+  PAGEDCORE_FIELD(value_bytes);
+  PAGEDCORE_FIELD(element_size);
+#undef PAGEDCORE_FIELD
+  gpu::reshape_and_cache(p, py::cast<int64_t>(fields["num_blocks"]), nullptr);
+}
+
+// `op` on a region given as (address, num_blocks, block_stride, shape, strides, contiguous_bytes), strides in bytes.
+using Region = std::tuple<uintptr_t, int64_t, int64_t, std::array<int64_t, 2>, std::array<int64_t, 2>, int64_t>;
+
+void move_blocks(const std::string& op, const Region& given, uintptr_t ids, int64_t count, uintptr_t staging) {
+  const auto& [data, num_blocks, block_stride, shape, strides, contiguous_bytes] = given;
+  const gpu::BlockRegion region{reinterpret_cast<char*>(data), num_blocks,      block_stride, {shape[0], shape[1]},
+                                {strides[0], strides[1]},      contiguous_bytes};
+  const auto* blocks = reinterpret_cast<const int32_t*>(ids);
+  auto* const buffer = reinterpret_cast<void*>(staging);
+  if (op == "copy") return gpu::copy_blocks(region, blocks, count, nullptr);
+  if (op == "zero") return gpu::zero_blocks(region, blocks, count, nullptr);
+  if (op == "gather") return gpu::gather_blocks(region, blocks, count, buffer, nullptr);
+  if (op == "scatter") return gpu::scatter_blocks(region, blocks, count, buffer, nullptr);
+  throw py::value_error("op " + op);
+}
+
 }  // namespace
 }  // namespace pagedcore::shim
 
@@ -115,6 +154,14 @@ PYBIND11_MODULE(PAGEDCORE_SHIM_MODULE, m) {
         [](const py::dict& fields) { gpu::attention_generic(shim::attention_params(fields), nullptr); });
   m.def("attention_decode", &shim::attention_decode, py::arg("fields"), py::arg("grid"), py::arg("launches") = 1);
   m.def("why_not_tiled", [](const py::dict& fields) { return gpu::why_not_tiled(shim::attention_params(fields)); });
+  m.def("reshape_and_cache", &shim::reshape_and_cache);
+  m.def("move_blocks", &shim::move_blocks, py::arg("op"), py::arg("region"), py::arg("ids"), py::arg("count"),
+        py::arg("staging") = 0);
+  m.def("update_block_table",
+        [](uintptr_t table, int64_t row_stride, int64_t rows, int64_t columns, uintptr_t updates, int64_t count) {
+          gpu::update_block_table(reinterpret_cast<int32_t*>(table), row_stride, rows, columns,
+                                  reinterpret_cast<const int32_t*>(updates), count, nullptr);
+        });
   m.def("faulty_kernels", &shim::faulty_kernels, "names of kernels with one fault each, and of one without");
   m.def("run_faulty", &shim::run_faulty);
 }

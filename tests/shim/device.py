@@ -52,6 +52,14 @@ class Device:
             self.shim.copy_to_device(address + index * block_stride * size, block.data_ptr(), block.numel() * size)
         return address
 
+    def download_view(self, address: int, like: torch.Tensor) -> torch.Tensor:
+        """What `upload(like)`, which gave the address, holds by now: shape and strides of `like`."""
+        storage = like.untyped_storage()
+        copy = torch.empty(storage.nbytes() // like.element_size(), dtype=like.dtype)
+        start = address - like.storage_offset() * like.element_size()
+        self.shim.copy_to_host(copy.data_ptr(), start, storage.nbytes())
+        return copy.as_strided(like.shape, like.stride(), like.storage_offset())
+
     def download(self, address: int, like: torch.Tensor) -> torch.Tensor:
         """A contiguous tensor of the shape and dtype of `like`."""
         result = torch.empty(like.shape, dtype=like.dtype)
