@@ -92,6 +92,10 @@ test-shim: $(READY) ## The GPU kernels under the host shim (part of `make test`;
 shim-mutants: $(READY) ## Plant faults in the GPU kernels one at a time: the shim's tests must catch each (10 minutes)
 	@.venv/bin/python tests/shim/mutants.py
 
+.PHONY: cuda-gates
+cuda-gates: $(TOOLS) ## Compile the GPU kernels with nvcc for every image; no spills, registers within budget (5 minutes the first time)
+	@.venv/bin/python .ci/cuda-gates
+
 .PHONY: bench
 bench: $(READY) ## The microbenchmarks
 	@.venv/bin/python -m pagedcore.bench $(ARGS)
