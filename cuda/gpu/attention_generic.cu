@@ -8,8 +8,8 @@
 // rows, a lane each, so an access of the warp touches 32 cache lines.
 // Shared memory: head_dim floats of Q a warp.
 #include "gpu.h"
+#include "page_of_key.h"
 #include "pagedcore/mask.h"
-#include "pagedcore/pages.h"
 #include "pagedcore/softmax.h"
 
 namespace pagedcore::gpu {
@@ -39,10 +39,13 @@ PAGEDCORE_DEVICE int sequence_of(const AttentionParams& p, int64_t token) {
 template <class T>
 PAGEDCORE_DEVICE void attend_row(const AttentionParams& p, int64_t token, int head, float* q) {
   const int lane = lane_id();
-  const int seq = sequence_of(p, token);
-  const int64_t start = p.query_start_loc[seq];
-  const KeyRange keys = visible_keys(p, p.seq_lens[seq], p.query_start_loc[seq + 1] - start, token - start);
-  const int32_t* table = table_row(p, seq);
+  const bool padding = token >= p.query_start_loc[p.num_seqs];  // nobody's: it sees nothing
+  const int seq = padding ? 0 : sequence_of(p, token);
+  KeyRange keys{0, 0};
+  if (!padding) {
+    const int64_t start = p.query_start_loc[seq];
+    keys = visible_keys(p, p.seq_lens[seq], p.query_start_loc[seq + 1] - start, token - start);
+  }
   const int kv_head = head / (p.num_heads / p.num_kv_heads);
 
   const T* query = static_cast<const T*>(p.query) + token * p.query_token_stride + head * p.query_head_stride;
@@ -58,9 +61,8 @@ PAGEDCORE_DEVICE void attend_row(const AttentionParams& p, int64_t token, int he
     int block = -1;
     int slot = 0;
     if (key < keys.end) {
-      block = table[key / p.block_size];
+      block = block_of_key(p, seq, static_cast<int>(key));
       slot = static_cast<int>(key % p.block_size);
-      if (block < 0 || block >= p.num_blocks) block = -1;  // masked: nothing is read
     }
     if (block >= 0) {
       const T* k = static_cast<const T*>(p.k.data) + block * p.k.block_stride + kv_head * p.k.head_stride +
@@ -95,7 +97,7 @@ PAGEDCORE_DEVICE void attend_row(const AttentionParams& p, int64_t token, int he
   T* out = static_cast<T*>(p.out) + token * p.out_token_stride + head * p.out_head_stride;
   for (int i = 0; i < kColumns; ++i) {
     const int d = i * kWarpSize + lane;
-    if (d < p.v_head_dim) from_float(l > 0.0f ? o[i] / l : 0.0f, out[d]);
+    if (d < p.v_head_dim) from_float(l == 0.0f ? 0.0f : o[i] / l, out[d]);
   }
   if (p.lse != nullptr && lane == 0) p.lse[token * p.lse_token_stride + head * p.lse_head_stride] = log_sum_exp(m, l);
   sync_warp();  // q is written again

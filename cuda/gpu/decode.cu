@@ -16,7 +16,7 @@
 // Chosen when rows per (sequence, KV head) are few, dtype is f16 or bf16, K and V have one head size of 64, 80, 96,
 // 112, 128, 192 or 256, and every row of Q, K and V starts on 16 bytes.
 #include "gpu.h"
-#include "pagedcore/pages.h"
+#include "page_of_key.h"
 #include "pagedcore/softmax.h"
 #include "record.h"
 #include "rows.h"
@@ -48,7 +48,8 @@ struct DecodePolicy {
   static constexpr int kStagesPerUnit = kUnitKeys / kStageKeys;
   static constexpr int kStageBytes = 2 * kWarpKeys * kDim * 2;  // K and V of one warp
   static constexpr int kPipelineBytes = kWarps * kStages * kStageBytes;
-  static constexpr int kRecordFloats = static_cast<int>(partial_floats(kDim));
+  static constexpr int kRecordFloats = Record<kDim>::kFloats;
+  static_assert(kRecordFloats == partial_floats(kDim), "what the workspace is made for");
   static constexpr int kRecordsBytes = kWarps * kRecordFloats * 4;
   static constexpr int kMasksAt = kPipelineBytes > kRecordsBytes ? kPipelineBytes : kRecordsBytes;
   static constexpr int kQueryAt = kMasksAt + 128;
@@ -57,13 +58,8 @@ struct DecodePolicy {
   static_assert(kSharedBytes <= 99 * 1024, "shared memory of one block on sm_86 and sm_89");
 };
 
-struct DecodeParams {
-  AttentionParams attention;
-  WorkPlan plan;
-};
-
 // The sequence that unit `unit` belongs to: 32 probes a round.
-PAGEDCORE_DEVICE int sequence_of_unit(const DecodeParams& params, int64_t unit) {
+PAGEDCORE_DEVICE int sequence_of_unit(const PlannedAttention& params, int64_t unit) {
   int low = 0, high = params.attention.num_seqs - 1;
   while (low < high) {
     const int step = (high - low + kWarpSize) / kWarpSize;
@@ -75,7 +71,7 @@ PAGEDCORE_DEVICE int sequence_of_unit(const DecodeParams& params, int64_t unit) 
   return low;
 }
 
-PAGEDCORE_DEVICE Span span_at(const DecodeParams& params, int64_t unit, int64_t limit) {
+PAGEDCORE_DEVICE Span span_at(const PlannedAttention& params, int64_t unit, int64_t limit) {
   const AttentionParams& p = params.attention;
   Span s;
   s.seq = sequence_of_unit(params, unit);
@@ -114,9 +110,8 @@ PAGEDCORE_DEVICE void load_stage(const AttentionParams& p, const Span& s, KeyRan
   int block = -1;
   int slot = 0;
   if (mine >= seen.begin && mine < seen.end) {
-    block = table_row(p, s.seq)[mine / p.block_size];
+    block = block_of_key(p, s.seq, mine);
     slot = mine % p.block_size;
-    if (block >= p.num_blocks) block = -1;
   }
   const uint32_t valid = ballot(block >= 0);
   if (lane == 0) *mask = valid;
@@ -351,7 +346,7 @@ PAGEDCORE_DEVICE void write_output(const AttentionParams& p, const Span& s, cons
     if (!row.valid) continue;
     const Folded f = fold<Policy::kDim, kOthers>(parts, i / Policy::kDim, d);
     T* out = static_cast<T*>(p.out) + row.token * p.out_token_stride + row.head * p.out_head_stride;
-    from_float(f.rounded > 0.0f ? f.o / f.rounded : 0.0f, out[d]);
+    from_float(f.rounded == 0.0f ? 0.0f : f.o / f.rounded, out[d]);
     if (p.lse != nullptr && d == 0) {
       p.lse[row.token * p.lse_token_stride + row.head * p.lse_head_stride] = log_sum_exp(f.m, f.exact);
     }
@@ -375,7 +370,7 @@ PAGEDCORE_DEVICE void write_partial(const Parts& parts, float* to) {
 
 // A span that is not all of its item: leaves its state, and folds all of the item's pieces if it is the last to arrive.
 template <class Policy, class T>
-PAGEDCORE_DEVICE void finish_piece(const DecodeParams& params, const Span& s, const Parts& parts, int* arrived) {
+PAGEDCORE_DEVICE void finish_piece(const PlannedAttention& params, const Span& s, const Parts& parts, int* arrived) {
   const AttentionParams& p = params.attention;
   const WorkPlan& plan = params.plan;
   const int64_t units = plan.first_units[p.num_seqs];
@@ -401,13 +396,27 @@ PAGEDCORE_DEVICE void finish_piece(const DecodeParams& params, const Span& s, co
   if (thread_id() == 0) plan.counters[first] = 0;  // for the next layer that uses this plan
 }
 
+// Tokens after the last sequence's, which are nobody's, see nothing.
+template <class Policy, class T>
+PAGEDCORE_DEVICE void clear_padding(const AttentionParams& p) {
+  const int64_t first = p.query_start_loc[p.num_seqs];
+  const int64_t rows = (p.num_tokens - first) * p.num_heads;
+  for (int64_t i = block_x(); i < rows; i += grid_x()) {
+    const int64_t token = first + i / p.num_heads, head = i % p.num_heads;
+    T* out = static_cast<T*>(p.out) + token * p.out_token_stride + head * p.out_head_stride;
+    for (int d = thread_id(); d < Policy::kDim; d += Policy::kThreads) out[d] = T{};
+    if (p.lse != nullptr && thread_id() == 0) p.lse[token * p.lse_token_stride + head * p.lse_head_stride] = -INFINITY;
+  }
+}
+
 template <class Policy, class T>
 PAGEDCORE_KERNEL(Policy::kThreads, Policy::kDim <= 128 ? 2 : 1)
-decode_kernel(const DecodeParams params) {
+decode_kernel(const PlannedAttention params) {
   const AttentionParams& p = params.attention;
   char* shared = shared_memory();
   auto* arrived = reinterpret_cast<int*>(shared + Policy::kMasksAt);  // once the pipeline is empty
   auto* records = reinterpret_cast<float*>(shared);
+  clear_padding<Policy, T>(p);
 
   const int64_t units = params.plan.first_units[p.num_seqs];
   const int64_t limit = first_unit(units, params.plan.grid, block_x() + 1);
@@ -435,7 +444,7 @@ void run(const AttentionParams& p, const WorkPlan& plan, Stream stream) {
   using Policy = DecodePolicy<kDim>;
   prepare(decode_kernel<Policy, T>, Policy::kSharedBytes);
   launch(decode_kernel<Policy, T>, plan.grid, 1, 1, Policy::kThreads, Policy::kSharedBytes, stream,
-         DecodeParams{p, plan});
+         PlannedAttention{p, plan});
 }
 
 template <class T>

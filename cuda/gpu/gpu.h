@@ -23,10 +23,15 @@ struct WorkPlan {
   int grid;      // blocks of the attention kernel
 };
 
+struct PlannedAttention {
+  AttentionParams attention;
+  WorkPlan plan;
+};
+
 // Fills first_units and zeroes the counters.
 void plan_attention(const AttentionParams& params, const WorkPlan& plan, device::Stream stream);
 
-// A partial state: kTileRows rows of m, the rounded and the exact sum, and the output (work.h, decode.cu).
+// Floats of a partial state of 16 rows (record.h).
 constexpr int64_t partial_floats(int64_t head_dim) { return 16 * (head_dim + 3); }
 
 // Whether the tensor-core kernel takes it; else why not, in words.

@@ -13,16 +13,11 @@ using namespace device;
 
 constexpr int kThreads = 256;
 
-struct PlanParams {
-  AttentionParams attention;
-  WorkPlan plan;
-};
-
 PAGEDCORE_DEVICE int64_t units_at(const AttentionParams& p, int seq) {
   return units_of_sequence(p, p.seq_lens[seq], int64_t{p.query_start_loc[seq + 1]} - p.query_start_loc[seq]);
 }
 
-PAGEDCORE_KERNEL(kThreads, 1) plan_kernel(const PlanParams params) {
+PAGEDCORE_KERNEL(kThreads, 1) plan_kernel(const PlannedAttention params) {
   const AttentionParams& p = params.attention;
   const int t = thread_id();
   const int each = (p.num_seqs + kThreads - 1) / kThreads;
@@ -54,7 +49,7 @@ PAGEDCORE_KERNEL(kThreads, 1) plan_kernel(const PlanParams params) {
 }  // namespace
 
 void plan_attention(const AttentionParams& p, const WorkPlan& plan, Stream stream) {
-  launch(plan_kernel, 1, 1, 1, kThreads, kThreads * sizeof(int64_t), stream, PlanParams{p, plan});
+  launch(plan_kernel, 1, 1, 1, kThreads, kThreads * sizeof(int64_t), stream, PlannedAttention{p, plan});
 }
 
 }  // namespace pagedcore::gpu

@@ -14,6 +14,7 @@ namespace pagedcore::gpu {
 // each row, then its output.
 template <int kDim>
 struct Record {
+  static constexpr int kFloats = kTileRows * (3 + kDim);
   static PAGEDCORE_MEMBER int stats(int row) { return row * 3; }
   static PAGEDCORE_MEMBER int output(int row, int d) { return kTileRows * 3 + row * kDim + d; }
 };

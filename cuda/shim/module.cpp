@@ -5,12 +5,10 @@
 
 #include <array>
 
-#include <memory>
 #include <tuple>
 
 #include "faulty.h"
 #include "gpu.h"
-#include "races.h"
 #include "shim.h"
 
 namespace py = pybind11;
@@ -78,18 +76,12 @@ AttentionParams attention_params(const py::dict& fields) {
   return p;
 }
 
-// The planned kernel with a workspace of its own, poisoned. Run `launches` times over one plan, as layers do.
-void attention_decode(const py::dict& fields, int grid, int launches) {
+// Plans and attends, `launches` times over one plan, as layers do.
+void attention_decode(const py::dict& fields, const py::dict& workspace, int grid, int launches) {
   const AttentionParams p = attention_params(fields);
   if (const char* reason = gpu::why_not_tiled(p)) throw py::value_error(reason);
-  struct Free {
-    void operator()(void* memory) const { release(memory); }
-  };
-  const auto array = [](int64_t bytes) { return std::unique_ptr<void, Free>(allocate(static_cast<size_t>(bytes))); };
-  const auto first_units = array((int64_t{p.num_seqs} + 1) * 8), counters = array(int64_t{grid} * 4),
-             partials = array(int64_t{grid} * 2 * gpu::partial_floats(p.v_head_dim) * 4);
-  const gpu::WorkPlan plan{static_cast<int64_t*>(first_units.get()), static_cast<int32_t*>(counters.get()),
-                           static_cast<float*>(partials.get()), grid};
+  const gpu::WorkPlan plan{pointer<int64_t>(workspace, "first_units"), pointer<int32_t>(workspace, "counters"),
+                           pointer<float>(workspace, "partials"), grid};
   gpu::plan_attention(p, plan, nullptr);
   for (int i = 0; i < launches; ++i) gpu::attention_decode(p, plan, nullptr);
 }
@@ -139,7 +131,6 @@ PYBIND11_MODULE(PAGEDCORE_SHIM_MODULE, m) {
   namespace shim = pagedcore::shim;
   namespace gpu = pagedcore::gpu;
   py::register_local_exception<shim::KernelFault>(m, "KernelFault", PyExc_RuntimeError);
-  m.attr("checks_races") = shim::races::enabled();
   m.def("set_seed", &shim::set_seed);
   m.def("allocate", [](size_t bytes) { return reinterpret_cast<uintptr_t>(shim::allocate(bytes)); });
   m.def("reserve", [](size_t bytes) { return reinterpret_cast<uintptr_t>(shim::allocate(bytes, false)); });
@@ -152,8 +143,14 @@ PYBIND11_MODULE(PAGEDCORE_SHIM_MODULE, m) {
   });
   m.def("attention_generic",
         [](const py::dict& fields) { gpu::attention_generic(shim::attention_params(fields), nullptr); });
-  m.def("attention_decode", &shim::attention_decode, py::arg("fields"), py::arg("grid"), py::arg("launches") = 1);
-  m.def("why_not_tiled", [](const py::dict& fields) { return gpu::why_not_tiled(shim::attention_params(fields)); });
+  m.def("attention_decode", &shim::attention_decode, py::arg("fields"), py::arg("workspace"), py::arg("grid"),
+        py::arg("launches") = 1);
+  m.def("partial_floats", &gpu::partial_floats);
+  py::class_<shim::Recording>(m, "Recording", py::module_local(),
+                              "Launches from now until stop() are put aside; replay() runs them.")
+      .def(py::init<>())
+      .def("stop", &shim::Recording::stop)
+      .def("replay", &shim::Recording::replay);
   m.def("reshape_and_cache", &shim::reshape_and_cache);
   m.def("move_blocks", &shim::move_blocks, py::arg("op"), py::arg("region"), py::arg("ids"), py::arg("count"),
         py::arg("staging") = 0);

@@ -3,7 +3,6 @@
 #ifndef PAGEDCORE_SHIM_RACES
 
 namespace pagedcore::shim::races {
-bool enabled() { return false; }
 void begin_launch() {}
 void begin_block(int64_t, const void*, size_t, int) {}
 void block_barrier() {}
@@ -170,8 +169,6 @@ void access(int thread, const void* address, size_t bytes, bool writes) {
 }
 
 }  // namespace
-
-bool enabled() { return true; }
 
 void begin_launch() {
   State& s = state();

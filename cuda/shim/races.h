@@ -15,7 +15,6 @@
 namespace pagedcore::shim::races {
 
 // In a build without the check all of these return at once.
-bool enabled();
 void begin_launch();
 void begin_block(int64_t block, const void* shared, size_t shared_bytes, int threads);
 void block_barrier();

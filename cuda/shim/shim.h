@@ -3,9 +3,8 @@
 //
 //   * shared memory starts as NaN, and so does device memory;
 //   * cp.async data is unreadable from its issue to its wait;
-//   * a barrier that not all threads of the block reach, or a warp collective that not all 32 lanes reach at one place,
-//   is
-//     a fault, and so is a misaligned vector access;
+//   * a barrier that not all threads of the block reach is a fault, and so is a warp collective that not all 32 lanes
+//     reach at one place, and a misaligned vector access;
 //   * device memory is mapped only while a kernel runs: the host cannot read it by mistake;
 //   * in the race-check build every access is compared with those of the other threads (races.h).
 //
@@ -40,11 +39,10 @@ struct LaunchShape {
   size_t shared_bytes = 0;
 };
 
-// Runs body(argument) once per thread of the grid, or records the launch. Throws KernelFault.
+// Runs `body` once per thread of the grid, or records the launch. Throws KernelFault.
 void launch(const LaunchShape& shape, std::function<void()> body);
 
-// What decides the order of blocks and threads, the moment at which cp.async data lands, and the errors of approximate
-// instructions.
+// What decides the order of blocks and threads, and the errors of approximate instructions.
 void set_seed(uint64_t seed);
 
 // Launches are put aside instead of run, as in the capture of a graph, and run by `replay` with what device memory
@@ -96,7 +94,8 @@ void fence();
 // Counts as an atomic access for the race check, and lets other blocks see what was fenced before.
 void atomic_access(const void* address);
 
-// A factor within `ulps` units in the last place of one: the error an approximate instruction is documented to have.
+// `exact`, off by at most `ulps` units in the last place: the error that an approximate instruction is documented to
+// have.
 float approximate(float exact, int ulps);
 
 }  // namespace pagedcore::shim

@@ -67,44 +67,42 @@ class Device:
         return result
 
 
-def attend(
-    shim: Any,
-    batch: Batch,
-    kernel: str,
-    *,
-    window: int | None = None,
-    causal: bool = True,
-    grid: int = 6,
-    launches: int = 1,
-    seed: int = 0,
-    block_stride: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) of `batch` by one of the GPU kernels, "generic" or "decode".
+class Attention:
+    """One call's arguments on the device, and its outputs.
 
     `block_stride` puts the blocks of both caches that many elements apart.
     """
-    num_tokens, num_heads, head_dim = batch.query.shape
-    num_blocks, num_kv_heads, block_size, v_head_dim = batch.v_cache.shape
-    out_like = torch.empty(num_tokens, num_heads, v_head_dim, dtype=batch.query.dtype)
-    lse_like = torch.empty(num_tokens, num_heads)
-    with Device(shim) as device:
+
+    def __init__(
+        self,
+        device: Device,
+        batch: Batch,
+        *,
+        window: int | None = None,
+        causal: bool = True,
+        block_table_rows: torch.Tensor | None = None,
+        block_stride: int | None = None,
+    ) -> None:
+        self.device = device
+        num_tokens, num_heads, head_dim = batch.query.shape
+        num_blocks, num_kv_heads, block_size, v_head_dim = batch.v_cache.shape
+        self.out_like = torch.empty(num_tokens, num_heads, v_head_dim, dtype=batch.query.dtype)
+        self.lse_like = torch.empty(num_tokens, num_heads)
 
         def pages(cache: torch.Tensor) -> tuple[int, ...]:
             if block_stride is None:
                 return (device.upload(cache), *cache.stride()[:3])
             return (device.upload_blocks(cache, block_stride), block_stride, *cache.contiguous().stride()[1:3])
 
-        out = device.allocate(out_like.numel() * out_like.element_size())
-        lse = device.allocate(lse_like.numel() * 4)
-        fields = {
+        self.fields: dict[str, Any] = {
             "query": device.upload(batch.query),
             "k": pages(batch.k_cache),
             "v": pages(batch.v_cache),
             "block_table": device.upload(batch.block_table),
             "seq_lens": device.upload(batch.seq_lens),
             "query_start_loc": device.upload(batch.query_start_loc),
-            "out": out,
-            "lse": lse,
+            "out": device.allocate(self.out_like.nbytes),
+            "lse": device.allocate(self.lse_like.nbytes),
             "query_token_stride": batch.query.stride(0),
             "query_head_stride": batch.query.stride(1),
             "block_table_stride": batch.block_table.stride(0),
@@ -127,9 +125,34 @@ def attend(
             "causal": causal,
             "dtype": ELEMENT[batch.query.dtype],
         }
-        shim.set_seed(seed)
+        if block_table_rows is not None:
+            self.fields["block_table_rows"] = device.upload(block_table_rows)
+
+    def launch(self, kernel: str, grid: int = 6, launches: int = 1) -> None:
+        """By "generic", or by "decode" over `grid` blocks, so many times over one plan."""
+        shim = self.device.shim
         if kernel == "generic":
-            shim.attention_generic(fields)
-        else:
-            shim.attention_decode(fields, grid, launches)
-        return device.download(out, out_like), device.download(lse, lse_like)
+            shim.attention_generic(self.fields)
+            return
+        workspace = {
+            "first_units": self.device.allocate((self.fields["num_seqs"] + 1) * 8),
+            "counters": self.device.allocate(grid * 4),
+            "partials": self.device.allocate(grid * 2 * shim.partial_floats(self.fields["v_head_dim"]) * 4),
+        }
+        shim.attention_decode(self.fields, workspace, grid, launches)
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(out, lse)."""
+        download = self.device.download
+        return download(self.fields["out"], self.out_like), download(self.fields["lse"], self.lse_like)
+
+
+def attend(
+    shim: Any, batch: Batch, kernel: str, *, grid: int = 6, launches: int = 1, seed: int = 0, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) of `batch` by one of the GPU kernels, "generic" or "decode"; options as `Attention` has them."""
+    shim.set_seed(seed)
+    with Device(shim) as device:
+        attention = Attention(device, batch, **options)
+        attention.launch(kernel, grid, launches)
+        return attention.result()

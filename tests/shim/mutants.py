@@ -1,6 +1,6 @@
 """Plants one fault after another in a copy of the GPU kernels and runs the shim's tests on each: all must be caught.
 
-    python tests/shim/mutants.py        (a minute a fault; prints "caught N of N" last)
+    python tests/shim/mutants.py        (half a minute a fault; prints "caught N of N" last)
 
 A fault counts as caught if a test fails or the process dies.
 """
@@ -46,7 +46,7 @@ MUTANTS = [
         "    sync_threads();  // the pipelines take the place",
         "    if (thread_id() != 3) sync_threads();  // ",
     ),
-    Mutant("off-by-one page", "decode.cu", "[mine / p.block_size]", "[(mine + 1) / p.block_size]"),
+    Mutant("off-by-one page", "page_of_key.h", "index = key / p.block_size", "index = (key + 1) / p.block_size"),
     Mutant(
         "wrong stage index",
         "decode.cu",
@@ -55,7 +55,14 @@ MUTANTS = [
     ),
     Mutant("unmasked tail", "decode.cu", "key + index < row.end", "key + index <= row.end"),
     Mutant("unmasked window edge", "decode.cu", "key + index >= row.begin", "key + index + 1 >= row.begin"),
-    Mutant("bad block id", "decode.cu", "if (block >= p.num_blocks) block = -1;", ""),
+    Mutant("bad block id", "page_of_key.h", "block >= 0 && block < p.num_blocks", "block >= 0"),
+    Mutant("table read past its end", "page_of_key.h", " || index >= p.max_blocks", ""),
+    Mutant(
+        "NaN hidden",
+        "decode.cu",
+        "f.rounded == 0.0f ? 0.0f : f.o / f.rounded",
+        "f.rounded > 0.0f ? f.o / f.rounded : 0.0f",
+    ),
     Mutant("missing fence before the last arriver's merge", "decode.cu", "    fence();\n    *arrived", "    *arrived"),
     Mutant(
         "missing fence after the last arrival",
@@ -78,7 +85,7 @@ MUTANTS = [
     ),
     Mutant("counter not reset", "decode.cu", "if (thread_id() == 0) plan.counters[first] = 0;", "//"),
     Mutant("sum not rescaled", "decode.cu", "        state.rounded[half] *= factor;\n", ""),
-    Mutant("rows of the next tile", "decode.cu", "s.row_tile * kTileRows + r;", "s.row_tile * (kTileRows - 1) + r;"),
+    Mutant("rows of the next tile", "rows.h", "s.row_tile * kTileRows + r;", "s.row_tile * (kTileRows - 1) + r;"),
 ]
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from typing import Any
 
+import mutants
 import pytest
 
 # What is found in any build, and with which words. The rest are races, which only the race check sees for certain.
@@ -83,3 +84,9 @@ def test_memory_is_checked(plain_shim: Any) -> None:
     plain_shim.release(address)
     with pytest.raises(IndexError, match="not the start"):
         plain_shim.release(address)
+
+
+@pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda mutant: mutant.name)
+def test_planted_faults_have_their_place(mutant: mutants.Mutant) -> None:
+    """`make shim-mutants` is not run with the tests; that it can run is checked here."""
+    assert (mutants.ROOT / "cuda" / "gpu" / mutant.file).read_text().count(mutant.old) == 1

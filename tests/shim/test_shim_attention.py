@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from device import attend
+from device import Attention, Device, attend
 from reference import check, make_batch
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -98,7 +98,88 @@ def test_decode_ignores_blocks_out_of_range(plain_shim: Any) -> None:
     check(shorter, out, lse)
 
 
-@pytest.mark.parametrize("kernel", ["generic", "decode"])
+KERNELS = pytest.mark.parametrize("kernel", ["generic", "decode"])
+
+
+@KERNELS
+def test_tokens_of_no_sequence_are_zero(shim: Any, kernel: str) -> None:
+    """Rows after the last sequence's, as a padded batch has them."""
+    batch = make_batch([40, 3], [2, 1], dtype=torch.bfloat16)
+    padded = make_batch([40, 3], [2, 1], dtype=torch.bfloat16)
+    padded.query = torch.cat([batch.query, torch.full((3, *batch.query.shape[1:]), float("nan"), dtype=torch.bfloat16)])
+    out, lse = attend(shim, padded, kernel)
+    check(batch, out[:3], lse[:3])
+    assert (out[3:] == 0).all()
+    assert lse[3:].isneginf().all()
+
+
+@KERNELS
+def test_no_sequence_at_all(plain_shim: Any, kernel: str) -> None:
+    batch = make_batch([], [], dtype=torch.bfloat16)
+    batch.query = torch.ones(2, *batch.query.shape[1:], dtype=torch.bfloat16)
+    out, lse = attend(plain_shim, batch, kernel)
+    assert (out == 0).all()
+    assert lse.isneginf().all()
+
+
+@KERNELS
+@pytest.mark.parametrize("where", ["query", "k_cache", "v_cache"])
+def test_nan_where_a_query_looks_shows(plain_shim: Any, kernel: str, where: str) -> None:
+    batch = make_batch([30, 20], [1, 1], dtype=torch.bfloat16, heads=(2, 1))
+    if where == "query":
+        batch.query[0, 1] = float("nan")
+        bad = [(0, 1)]
+    else:
+        getattr(batch, where)[batch.block_table[0, 1].long(), 0, 3] = float("nan")
+        bad = [(0, 0), (0, 1)]
+    out, _ = attend(plain_shim, batch, kernel)
+    for token in range(2):
+        for head in range(2):
+            assert bool(out[token, head].isnan().all()) == ((token, head) in bad)
+
+
+@KERNELS
+def test_lengths_past_the_table_read_nothing_outside_it(plain_shim: Any, kernel: str) -> None:
+    """Keys without an entry are masked, as keys in blocks out of range are."""
+    batch = make_batch([32], [1], dtype=torch.bfloat16)
+    batch.block_table = batch.block_table[:, :2].contiguous()
+    batch.seq_lens[0] = 1000
+    out, lse = attend(plain_shim, batch, kernel)
+    batch.seq_lens[0] = 32
+    check(batch, out, lse)
+
+
+@KERNELS
+def test_table_rows(plain_shim: Any, kernel: str) -> None:
+    """Sequences in any rows of a larger table; a row that is not in it is a sequence without keys."""
+    batch = make_batch([30, 70], [1, 2], dtype=torch.bfloat16)
+    rows = torch.tensor([3, 1], dtype=torch.int32)
+    table = torch.full((5, batch.block_table.shape[1]), -(2**31), dtype=torch.int32)
+    table[rows.long()] = batch.block_table
+    narrow, batch.block_table = batch.block_table, table
+    out, lse = attend(plain_shim, batch, kernel, block_table_rows=rows)
+    wrong, _ = attend(plain_shim, batch, kernel, block_table_rows=torch.tensor([5, -1], dtype=torch.int32))
+    batch.block_table = narrow
+    check(batch, out, lse)
+    assert (wrong == 0).all()
+
+
+def test_a_recorded_step_runs_with_other_lengths(shim: Any) -> None:
+    """As a CUDA graph does: the plan is made anew at each replay, from what the device holds then."""
+    batch = make_batch([100, 300, 0, 64], [1] * 4, dtype=torch.float16)
+    with Device(shim) as device:
+        attention = Attention(device, batch)
+        recording = shim.Recording()
+        attention.launch("decode", grid=7, launches=2)
+        recording.stop()
+        for lengths in ([100, 300, 0, 64], [7, 290, 0, 0], [97, 1, 0, 33]):
+            batch.seq_lens = torch.tensor(lengths, dtype=torch.int32)
+            shim.copy_to_device(attention.fields["seq_lens"], batch.seq_lens.data_ptr(), batch.seq_lens.nbytes)
+            recording.replay()
+            check(batch, *attention.result())
+
+
+@KERNELS
 def test_offsets_past_32_bits(plain_shim: Any, kernel: str) -> None:
     """Blocks 2^31 elements apart, as in a large pool."""
     batch = make_batch([70, 20], [1, 1], dtype=torch.bfloat16)

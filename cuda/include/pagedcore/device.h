@@ -22,7 +22,6 @@
 namespace pagedcore::device {
 
 constexpr int kWarpSize = 32;
-constexpr uint32_t kFullMask = 0xffffffffu;
 
 PAGEDCORE_DEVICE int lane_id() { return thread_id() % kWarpSize; }
 PAGEDCORE_DEVICE int warp_id() { return thread_id() / kWarpSize; }

@@ -16,14 +16,13 @@
 
 namespace pagedcore::device {
 
+constexpr uint32_t kFullMask = 0xffffffffu;  // of warp collectives: all lanes take part
+
 using Stream = cudaStream_t;
 using Vec16 = uint4;
 
 PAGEDCORE_DEVICE int thread_id() { return static_cast<int>(threadIdx.x); }
-PAGEDCORE_DEVICE int block_threads() { return static_cast<int>(blockDim.x); }
 PAGEDCORE_DEVICE int block_x() { return static_cast<int>(blockIdx.x); }
-PAGEDCORE_DEVICE int block_y() { return static_cast<int>(blockIdx.y); }
-PAGEDCORE_DEVICE int block_z() { return static_cast<int>(blockIdx.z); }
 PAGEDCORE_DEVICE int grid_x() { return static_cast<int>(gridDim.x); }
 
 PAGEDCORE_DEVICE char* shared_memory() {
@@ -33,10 +32,10 @@ PAGEDCORE_DEVICE char* shared_memory() {
 
 PAGEDCORE_DEVICE void sync_threads() { __syncthreads(); }
 PAGEDCORE_DEVICE void sync_warp() { __syncwarp(); }
-PAGEDCORE_DEVICE float shuffle_xor(float x, int lane_mask) { return __shfl_xor_sync(0xffffffffu, x, lane_mask); }
-PAGEDCORE_DEVICE int shuffle(int x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
-PAGEDCORE_DEVICE float shuffle(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
-PAGEDCORE_DEVICE uint32_t ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
+PAGEDCORE_DEVICE float shuffle_xor(float x, int lane_mask) { return __shfl_xor_sync(kFullMask, x, lane_mask); }
+PAGEDCORE_DEVICE int shuffle(int x, int lane) { return __shfl_sync(kFullMask, x, lane); }
+PAGEDCORE_DEVICE float shuffle(float x, int lane) { return __shfl_sync(kFullMask, x, lane); }
+PAGEDCORE_DEVICE uint32_t ballot(bool x) { return __ballot_sync(kFullMask, x); }
 
 PAGEDCORE_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 

@@ -23,10 +23,7 @@ struct alignas(16) Vec16 {
 };
 
 PAGEDCORE_DEVICE int thread_id() { return shim::index().thread; }
-PAGEDCORE_DEVICE int block_threads() { return shim::index().threads; }
 PAGEDCORE_DEVICE int block_x() { return shim::index().block.x; }
-PAGEDCORE_DEVICE int block_y() { return shim::index().block.y; }
-PAGEDCORE_DEVICE int block_z() { return shim::index().block.z; }
 PAGEDCORE_DEVICE int grid_x() { return shim::index().grid.x; }
 
 PAGEDCORE_DEVICE char* shared_memory() { return shim::shared_memory(); }
