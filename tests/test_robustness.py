@@ -13,32 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from concurrency import THREADS, gives_way, in_threads
 from pagedcore import BlockPool, KVCacheManager, PrefixCache, Scheduler, SchedulerConfig, StepPlan
 from pagedcore.errors import CorruptionError, InvalidArgumentError, PagedCoreError, StepError
-
-THREADS = 8
-
-
-def in_threads(work: Callable[[int], None]) -> None:
-    """Runs `work` in several threads that start at once; fails on an exception, or if they stand still."""
-    failures: list[BaseException] = []
-    barrier = threading.Barrier(THREADS)
-
-    def run(index: int) -> None:
-        try:
-            barrier.wait()
-            work(index)
-        except BaseException as error:  # noqa: BLE001 - handed to the main thread
-            failures.append(error)
-
-    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(THREADS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=120)
-        assert not thread.is_alive(), "a thread stands still"
-    if failures:
-        raise failures[0]
 
 
 @pytest.fixture
@@ -123,30 +100,6 @@ def test_threads_share_a_scheduler() -> None:
     scheduler.check()
     assert len({(name, index) for name, index, _ in ended}) == len(ended) == (THREADS - 1) * per_thread
     assert scheduler.manager.pool.num_used == 0
-
-
-def gives_way(call: Callable[[], object]) -> bool:
-    """Whether another Python thread, which waits, runs while the call does: no thread is made to give way meanwhile."""
-    ready, start, ran = threading.Event(), threading.Event(), threading.Event()
-
-    def wait() -> None:
-        ready.set()
-        start.wait()
-        ran.set()
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    ready.wait()
-    time.sleep(0.02)  # until it waits
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(3600)
-    try:
-        start.set()
-        call()
-        return ran.is_set()
-    finally:
-        sys.setswitchinterval(before)
-        thread.join()
 
 
 class Long:

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from concurrency import gives_way
 from pagedcore import KVCacheManager, Scheduler, SchedulerConfig
 from pagedcore.errors import InvalidArgumentError, OutOfBlocksError, TokenOutOfRangeError
-from test_robustness import gives_way
 from test_scheduler import VOCAB, Server, config
 
 LONG = 1 << 20
