@@ -16,6 +16,7 @@ from pagedcore.errors import (
     ClosedError,
     CorruptionError,
     DuplicateRequestError,
+    InvalidArgumentError,
     RequestTooLargeError,
     TokenOutOfRangeError,
     UnknownRequestError,
@@ -139,6 +140,8 @@ def test_bad_requests_reach_who_made_them(loaded):
             ([10_000], {}, TokenOutOfRangeError),
             ([5] * 1000, {}, RequestTooLargeError),
             ([5], {"request_id": "mine"}, DuplicateRequestError),
+            ([5], {"request_id": ["mine"]}, InvalidArgumentError),  # no key of anything
+            ([5], {"request_id": ""}, InvalidArgumentError),
         ):
             with pytest.raises(error):
                 await tokens_of(engine, prompt, LONG, **options)
@@ -180,6 +183,87 @@ def test_a_broken_engine_is_told_to_all(loaded, monkeypatch):
         await engine.close()
 
     asyncio.run(main())
+
+
+class Panic(BaseException):
+    """What compiled code raises where it gives up, as tokenizers' Rust does: no Exception."""
+
+
+def test_a_panic_of_one_request_reaches_who_made_it(loaded, monkeypatch):
+    add_request = Engine.add_request
+
+    def panicking(self, request_id, *arguments, **options):
+        if request_id == "bad":
+            raise Panic
+        add_request(self, request_id, *arguments, **options)
+
+    async def scenario(engine):
+        running = asyncio.create_task(tokens_of(engine, [5, 6, 7], LONG, request_id="mine"))
+        await until(engine, lambda stats: stats.running == 1)
+        with pytest.raises(Panic):
+            await tokens_of(engine, [5], LONG, request_id="bad")
+        assert (await engine.stats()).running == 1
+        assert not running.done()
+        running.cancel()
+
+    monkeypatch.setattr(Engine, "add_request", panicking)
+    run(scenario, loaded)
+
+
+def test_a_panic_of_the_engine_is_told_to_all(loaded, monkeypatch):
+    """As an Exception: whoever waits for an answer has no reason to expect anything else."""
+
+    async def main():
+        engine = AsyncEngine(loaded, **OPTIONS)
+
+        def panicking(self, only=None):
+            raise Panic("at src/lib.rs")
+
+        monkeypatch.setattr(Engine, "step", panicking)
+        with pytest.raises(ClosedError, match="broken down: Panic"):
+            await asyncio.wait_for(tokens_of(engine, [5], LONG), 60)
+        with pytest.raises(ClosedError):
+            await asyncio.wait_for(engine.stats(), 60)
+        await engine.close()
+
+    asyncio.run(main())
+
+
+def test_a_forked_child_is_refused(tmp_path):
+    """Also while a thread of the parent holds the engine's lock; and the parent's requests go on."""
+    save_tiny_model("llama", tmp_path)
+    program = (
+        "import asyncio, os, sys, warnings\n"
+        "from pagedcore import AsyncEngine, SamplingParams\n"
+        "from pagedcore.errors import ForkedProcessError\n"
+        "warnings.simplefilter('ignore')  # that a process with threads forks\n"
+        "engine = AsyncEngine(sys.argv[1], num_blocks=40)\n"
+        "async def refused(call):\n"
+        "    try:\n"
+        "        await asyncio.wait_for(call, 20)\n"
+        "    except ForkedProcessError as error:\n"
+        "        assert 'spawn' in error.hint\n"
+        "        return True\n"
+        "async def child():\n"
+        "    calls = (anext(engine.generate([5])), engine.stats(), engine.abort('x'), engine.__aenter__())\n"
+        "    refusals = [await refused(call) for call in calls]\n"
+        "    await engine.close()\n"
+        "    return all(refusals)\n"
+        "async def parent():\n"
+        "    async with engine:\n"
+        "        async for output in engine.generate([5, 6], SamplingParams(max_tokens=5, ignore_eos=True)):\n"
+        "            pass\n"
+        "        return output.outputs[0].num_tokens\n"
+        "with engine._lock:\n"
+        "    pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    os._exit(0 if asyncio.run(child()) else 1)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), asyncio.run(parent()))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "0 5\n"), done.stderr
 
 
 def test_the_interpreter_ends_though_nobody_closed_it(tmp_path):

@@ -136,6 +136,33 @@ def test_repeated_and_unknown_ids(engine, expected):
     assert run_all(engine, {"a": (PROMPT, PARAMS)})["a"] == expected, "an id can be used again"
 
 
+def test_an_id_is_in_use_until_its_end_was_told(engine, expected):
+    """Otherwise the last output of one request would be lost behind the first of another."""
+    engine.add_request("a", PROMPT, PARAMS)
+    while engine.num_unfinished:
+        assert engine.step(only=()) == []
+    assert engine.in_use("a")
+    with pytest.raises(DuplicateRequestError, match=r"'a' has ended, and nobody was told .*call step") as caught:
+        engine.add_request("a", PROMPT, PARAMS)
+    assert caught.value.request_id == "a"
+    (output,) = engine.step()
+    assert output.finished
+    assert output.outputs[0].token_ids == expected[0]
+    assert not engine.in_use("a")
+    assert run_all(engine, {"a": (PROMPT, PARAMS)})["a"] == expected
+
+
+def test_prepared_twice_is_added_once(engine, expected):
+    first, second = (engine.prepare("a", PROMPT, PARAMS) for _ in range(2))
+    engine.add_prepared(first)
+    with pytest.raises(DuplicateRequestError, match="'a' is still running"):
+        engine.add_prepared(second)
+    last = []
+    while engine.has_unfinished:
+        last = engine.step()
+    assert last[0].outputs[0].token_ids == expected[0]
+
+
 def test_steps_without_requests(engine):
     assert engine.step() == []
     assert not engine.has_unfinished

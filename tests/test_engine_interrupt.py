@@ -15,7 +15,7 @@ import torch
 from models import VOCAB_SIZE, save_tiny_model
 from pagedcore import Engine, SamplingParams
 from pagedcore import models as pagedcore_models
-from pagedcore.errors import UnknownRequestError
+from pagedcore.errors import DuplicateRequestError, UnknownRequestError
 from pagedcore.tokenizer import Detokenizer
 
 REQUESTS = {
@@ -55,10 +55,12 @@ def loaded(tmp_path_factory):
 
 
 class InterruptAt:
-    """Raises KeyboardInterrupt at the nth call, or return from compiled code, that the engine's Python code makes."""
+    """Raises KeyboardInterrupt at the nth call, or return from compiled code, that the engine's Python code makes; with
+    ``times`` at the calls after it too.
+    """
 
-    def __init__(self, place):
-        self.place = self.left = place
+    def __init__(self, place, times=1):
+        self.left, self.last = place, 1 - times
 
     def __call__(self, frame, event, argument):
         if event == "return" or frame.f_code.co_filename not in FILES:
@@ -66,7 +68,7 @@ class InterruptAt:
         if frame.f_code.co_flags & inspect.CO_GENERATOR:  # may be closing, where Python ignores what is raised
             return
         self.left -= 1
-        if self.left == 0:
+        if self.last <= self.left <= 0:
             raise KeyboardInterrupt
 
     def __enter__(self):
@@ -134,6 +136,33 @@ def test_a_step_can_be_interrupted_anywhere(loaded, quiet):
         }, f"interrupted at call {place}"
         place += 1
     assert place > 50, "there was much to interrupt"
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_an_add_can_be_interrupted_anywhere(loaded, quiet, times):
+    """It is added or it is not, also if the clean-up is interrupted as well; and the engine goes on."""
+    place, interrupted = 1, True
+    while interrupted:
+        interrupted = False
+        told = {}
+        with Engine(loaded, num_blocks=40, max_num_batched_tokens=20) as engine:
+            engine.add_request("greedy", *REQUESTS["greedy"])
+            collect(told, engine.step())
+            try:
+                with InterruptAt(place, times):
+                    engine.add_request("several", *REQUESTS["several"])
+            except KeyboardInterrupt:
+                interrupted = True
+                with contextlib.suppress(DuplicateRequestError):
+                    engine.add_request("several", *REQUESTS["several"])
+            engine.add_request("stopped", *REQUESTS["stopped"])
+            while engine.has_unfinished:
+                collect(told, engine.step())
+            assert engine.stats().waiting == engine.stats().blocks_used == 0, f"interrupted at call {place}"
+            engine.scheduler.check()
+        assert told == quiet, f"interrupted at call {place}"
+        place += 1
+    assert place > 10
 
 
 def test_an_end_can_be_interrupted_anywhere(loaded, quiet):

@@ -22,8 +22,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from pagedcore.checks import check_request_id
 from pagedcore.engine import Engine
-from pagedcore.errors import ClosedError
+from pagedcore.errors import ClosedError, ForkedProcessError
 from pagedcore.models import LoadedModel
 from pagedcore.outputs import EngineStats, RequestOutput
 
@@ -42,6 +43,8 @@ class AsyncEngine:
     The model is loaded when it is made, which takes seconds and blocks: make it before the loop has other work, or
     with ``await asyncio.to_thread(AsyncEngine, ...)``. Its methods belong to one event loop, the one that is running
     when they are first used. Use as an async context manager, or await `close`.
+
+    A child of ``os.fork()`` has a copy without the thread: every call there but `close` raises ForkedProcessError.
     """
 
     def __init__(self, model: str | os.PathLike[str] | LoadedModel, **options: Any) -> None:
@@ -50,6 +53,7 @@ class AsyncEngine:
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # None: close
         self._streams: dict[str, _Stream] = {}  # the thread's
         self._closed = False
+        self._process = os.getpid()
         self._lock = threading.Lock()  # around `_closed` and the end of `_calls`: no call is queued that nobody makes
         self._thread = threading.Thread(target=self._run, name="pagedcore-engine", daemon=True)
         self._thread.start()
@@ -71,6 +75,8 @@ class AsyncEngine:
         The request is aborted if the generator is closed, or the task that waits for it cancelled. Raises as
         `Engine.add_request` does, and ClosedError if the engine is closed before the answer is complete.
         """
+        if request_id is not None:
+            check_request_id(request_id)
         stream = _Stream(asyncio.get_running_loop())
         name = f"async-{next(self._ids)}" if request_id is None else request_id
 
@@ -83,9 +89,11 @@ class AsyncEngine:
                 del self._streams[name]
                 self._engine.discard(name)
 
+        added = self._submit(add)
         try:
-            await self._call(add)
+            await added
             while True:
+                self._check_process()  # else a child would wait for what only the parent's thread computes
                 output = await stream.outputs.get()
                 if isinstance(output, Exception):
                     raise output
@@ -102,11 +110,11 @@ class AsyncEngine:
             output = self._engine.abort(request_id)
             self._tell([output])
 
-        await self._call(abort)
+        await self._submit(abort)
 
     async def stats(self) -> EngineStats:
         """Counters and gauges, as `Engine.stats` gives them, between two steps."""
-        return await self._call(self._engine.stats)
+        return await self._submit(self._engine.stats)
 
     async def close(self) -> None:
         """Ends the thread after the step it is in, and drops unfinished requests, whose consumers get ClosedError.
@@ -115,6 +123,8 @@ class AsyncEngine:
         await asyncio.to_thread(self._stop)
 
     def _stop(self) -> None:
+        if os.getpid() != self._process:
+            return  # the thread is the parent's, and the lock may have been held when the child was made
         with self._lock:
             if not self._closed:
                 self._closed = True
@@ -123,6 +133,7 @@ class AsyncEngine:
         atexit.unregister(self._stop)
 
     async def __aenter__(self) -> Self:
+        self._check_process()
         if self._closed:
             raise ClosedError("this engine is closed")
         return self
@@ -130,8 +141,8 @@ class AsyncEngine:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def _call(self, function: Callable[[], T]) -> T:
-        """Has the thread call ``function`` between two steps; its result or its exception."""
+    def _submit(self, function: Callable[[], T]) -> asyncio.Future[T]:
+        """Has the thread call ``function`` between two steps; what is returned becomes its result or its exception."""
         future: Future[T] = Future()
 
         def call() -> None:
@@ -139,14 +150,22 @@ class AsyncEngine:
                 return  # who asked has gone
             try:
                 future.set_result(function())
-            except Exception as error:  # noqa: BLE001  # it is raised where the call was made
+            except BaseException as error:  # noqa: BLE001  # it is raised where the call was made; a panic is no Exception
                 future.set_exception(error)
 
+        self._check_process()
         with self._lock:
-            if self._closed:
+            if self._closed or not self._thread.is_alive():
                 raise ClosedError("this engine is closed")
             self._calls.put(call)
-        return await asyncio.wrap_future(future)
+        return asyncio.wrap_future(future)
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise ForkedProcessError(
+                "this engine's thread belongs to the parent of a forked process",
+                hint="create it in the process that uses it, or start processes with the 'spawn' method",
+            )
 
     # ------------------------------------------------------------------------------------------------ the thread
 
@@ -156,9 +175,13 @@ class AsyncEngine:
             while self._serve_calls():
                 if self._engine.has_unfinished:
                     self._tell(self._engine.step())
-        except Exception as error:  # the engine is broken: those who wait must know
+        except BaseException as error:  # the engine is broken: those who wait must know
             logger.exception("the engine's thread has ended")
-            failure = error
+            if isinstance(error, Exception):
+                failure = error
+            else:  # a panic of compiled code: no task expects one from somebody else's request
+                failure = ClosedError(f"this engine has broken down: {error!r}")
+                failure.__cause__ = error
         with self._lock:
             self._closed = True
         self._engine.close()

@@ -166,8 +166,7 @@ class Engine:
         """Checks a request and tokenises its prompt; nothing is queued. Raises as `add_request` does."""
         self._check_open()
         check_request_id(request_id)
-        if request_id in self._requests:
-            raise DuplicateRequestError(f"request {request_id!r} is still running", request_id=request_id)
+        self._check_unused(request_id)
         params = SamplingParams() if params is None else check_params(params)
         check_tokens(np.asarray(params.stop_token_ids, dtype=np.int64), self.model.vocab_size, "stop_token_ids")
         if params.stop and self._detokenizer is None:
@@ -207,18 +206,29 @@ class Engine:
     def add_prepared(self, request: Request, *, priority: int = 0, tenant: str = "", cache_salt: str = "") -> None:
         """Queues what `prepare` returned. Raises as `add_request` does; on an error nothing changes."""
         self._check_open()
-        self._scheduler.add_request(
-            request.request_id,
-            request.prompt_tokens,
-            max_tokens=request.params.max_tokens,
-            stop_token_ids=sorted(request.stop_token_ids),
-            n=request.params.n,
-            priority=priority,
-            tenant=tenant,
-            cache_salt=cache_salt,
-        )
-        request.metrics.arrival_time = time.monotonic()
-        self._requests[request.request_id] = request
+        self._settle()
+        request_id = request.request_id
+        self._check_unused(request_id)
+        try:
+            # Until the engine knows it, to settle is to take it out of the scheduler: a signal handler may raise as
+            # the call into the scheduler returns, and that one would plan steps of a request that nobody has.
+            self._flight = Flight(ended={request_id: "abort"}, changes=[])
+            self._scheduler.add_request(
+                request_id,
+                request.prompt_tokens,
+                max_tokens=request.params.max_tokens,
+                stop_token_ids=sorted(request.stop_token_ids),
+                n=request.params.n,
+                priority=priority,
+                tenant=tenant,
+                cache_salt=cache_salt,
+            )
+            request.metrics.arrival_time = time.monotonic()
+            self._requests[request_id] = request
+            self._flight = None  # no call between these two, so no interrupt either
+        except BaseException:
+            self._settle()
+            raise
 
     def abort(self, request_id: str) -> RequestOutput:
         """Ends a request; its blocks are free once no step reads them. Returns its final output, with what it has so
@@ -243,6 +253,10 @@ class Engine:
             with contextlib.suppress(UnknownRequestError):
                 self.abort(request_id)
             self._news.pop(request_id, None)
+
+    def in_use(self, request_id: str) -> bool:
+        """True while a request with this id waits or runs, or has ended and nobody was told: it cannot be added."""
+        return request_id in self._requests or request_id in self._news
 
     @property
     def has_unfinished(self) -> bool:
@@ -449,6 +463,15 @@ class Engine:
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("this engine is closed")
+
+    def _check_unused(self, request_id: str) -> None:
+        if self.in_use(request_id):
+            running = request_id in self._requests
+            raise DuplicateRequestError(
+                f"request {request_id!r} {'is still running' if running else 'has ended, and nobody was told'}",
+                hint="use another id" if running else "use another id, or call step first",
+                request_id=request_id,
+            )
 
 
 def _layout(model: models.LoadedModel, num_blocks: int, block_size: int) -> KVCacheLayout:
