@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -400,12 +401,16 @@ def test_written_memory_has_a_place_for_each_element() -> None:
         call_cache(v_cache=torch.zeros(6, 1, 4, 16).expand(6, 2, 4, 16))
 
 
-def test_indices_are_not_written_over() -> None:
-    memory = torch.zeros(3 * 4 * 16)
-    lens = memory.view(torch.int32)[:2]
-    lens.copy_(torch.tensor([5, 8], dtype=torch.int32))
-    with pytest.raises(InvalidArgumentError, match=r"^out: expected memory apart from seq_lens"):
-        ops.paged_attention(**{**attention_args(), "out": memory.view(3, 4, 16), "seq_lens": lens})
+@pytest.mark.parametrize("output", ["out", "lse"])
+@pytest.mark.parametrize("name", ["block_table", "seq_lens", "query_start_loc", "block_table_rows"])
+def test_indices_are_not_written_over(output: str, name: str) -> None:
+    """They are checked before the first row is written, and followed after it."""
+    args = {**attention_args(), "block_table_rows": int32(0, 1)}
+    args["out"] = torch.zeros(3, 4, 16)
+    memory = args[output].view(-1)[: args[name].numel()].view(torch.int32).view(args[name].shape)
+    memory.copy_(args[name])
+    with pytest.raises(InvalidArgumentError, match=f"^{output}: expected memory apart from {name}, got overlapping"):
+        ops.paged_attention(**{**args, name: memory})
 
 
 def test_starts_are_checked_before_what_is_said_of_them() -> None:
@@ -424,6 +429,12 @@ def test_buffers_without_a_dtype() -> None:
     np.testing.assert_array_equal(lse, want_lse)
     views = {name: memoryview(array) for name, array in args.items()}
     np.testing.assert_array_equal(ops.paged_attention(**views), want)
+    # ctypes shows no strides, whatever it is asked for.
+    views["block_table"] = ((ctypes.c_int32 * 2) * 2)((3, 1), (2, 5))
+    views["seq_lens"] = (ctypes.c_int32 * 2)(5, 8)
+    np.testing.assert_array_equal(ops.paged_attention(**views), want)
+    with pytest.raises(InvalidArgumentError, match=r"^seq_lens: expected shape \[num_seqs\], got \[\]"):
+        ops.paged_attention(**{**views, "seq_lens": ctypes.c_int32(5)})
 
 
 @pytest.mark.parametrize("bad", ["yes", None, [], np.zeros(3, bool)])

@@ -108,8 +108,15 @@ void paged_attention(PyObject* const* values) {
   sizes.match(table, {given(block_table_rows) ? Axis::table_rows : Axis::num_seqs, Axis::max_blocks});
   sizes.match(loc, {Axis::num_starts});
   sizes.match(o, {Axis::num_tokens, Axis::num_heads, Axis::v_head_dim});
+  std::optional<Tensor> lse_tensor, rows_tensor;
+  const Tensor* rows = nullptr;
+  if (given(block_table_rows)) {
+    rows = &rows_tensor.emplace("block_table_rows", block_table_rows);
+    require_dtype(*rows, {DType::i32});
+    sizes.match(*rows, {Axis::num_seqs});
+  }
   require_writable(o);
-  require_disjoint(o, {&q, &k, &v, &table, &lens, &loc});
+  require_disjoint(o, {&q, &k, &v, &table, &lens, &loc, rows});
 
   p.dtype = q.dtype;
   p.num_tokens = sizes[Axis::num_tokens];
@@ -139,13 +146,13 @@ void paged_attention(PyObject* const* values) {
   p.block_table = table.as<const int32_t>();
   p.block_table_stride = table.strides[0];
   p.table_rows = static_cast<int32_t>(std::min<int64_t>(table.shape[0], INT32_MAX));
+  p.block_table_rows = rows ? rows->as<const int32_t>() : nullptr;
   p.seq_lens = lens.as<const int32_t>();
   p.query_start_loc = loc.as<const int32_t>();
   p.out = o.data;
   p.out_token_stride = o.strides[0];
   p.out_head_stride = o.strides[1];
 
-  std::optional<Tensor> lse_tensor, rows_tensor;
   if (given(lse)) {
     const Tensor& t = lse_tensor.emplace("lse", lse);
     require_dtype(t, {DType::f32});
@@ -156,14 +163,8 @@ void paged_attention(PyObject* const* values) {
       sizes.match(t, {Axis::num_tokens, Axis::num_heads});
     }
     require_writable(t);
-    require_disjoint(t, {&q, &k, &v, &o, &table, &lens, &loc});
+    require_disjoint(t, {&q, &k, &v, &o, &table, &lens, &loc, rows});
     p.lse = t.as<float>();
-  }
-  if (given(block_table_rows)) {
-    const Tensor& t = rows_tensor.emplace("block_table_rows", block_table_rows);
-    require_dtype(t, {DType::i32});
-    sizes.match(t, {Axis::num_seqs});
-    p.block_table_rows = t.as<const int32_t>();
   }
 
   const double factor = scale.value_or(1.0 / std::sqrt(static_cast<double>(p.head_dim)));

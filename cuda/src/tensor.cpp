@@ -177,13 +177,16 @@ bool Tensor::from_buffer(py::handle object) {
     throw ArgumentError(Fault::invalid_argument, name, "at most 6 dimensions", std::to_string(view.ndim));
   data = static_cast<char*>(view.buf);
   ndim = view.ndim;
-  for (int i = 0; i < ndim; ++i) {
-    if (view.strides[i] % view.itemsize != 0) {
+  int64_t dense = view.itemsize;
+  for (int i = ndim - 1; i >= 0; --i) {
+    const int64_t bytes = view.strides ? view.strides[i] : dense;  // ctypes gives none, though they were asked for
+    if (bytes % view.itemsize != 0) {
       throw ArgumentError(Fault::invalid_argument, name, "strides that are multiples of the element size",
-                          std::to_string(view.strides[i]) + " bytes");
+                          std::to_string(bytes) + " bytes");
     }
     shape[static_cast<size_t>(i)] = view.shape[i];
-    strides[static_cast<size_t>(i)] = view.strides[i] / view.itemsize;
+    strides[static_cast<size_t>(i)] = bytes / view.itemsize;
+    dense *= view.shape[i];
   }
   return true;
 }
@@ -331,6 +334,7 @@ void require_disjoint(const Tensor& written, std::initializer_list<const Tensor*
   const Span a = span_of(written);
   if (a.begin == a.end) return;
   for (const Tensor* other : others) {
+    if (!other) continue;
     const Span b = span_of(*other);
     if (b.begin == b.end || a.end <= b.begin || b.end <= a.begin) continue;
     throw ArgumentError(Fault::invalid_argument, written.name, std::string("memory apart from ") + other->name,

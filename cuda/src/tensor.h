@@ -102,7 +102,8 @@ void require_dtype(const Tensor& tensor, std::initializer_list<DType> allowed);
 void require_same_dtype(const Tensor& tensor, const Tensor& reference);
 // Memory that may be written, with a place of its own for every element.
 void require_writable(const Tensor& tensor);
-// Writing through the first must not change what the others read: their address ranges must not meet.
+// Writing through the first must not change what the others read: their address ranges must not meet. Null is an
+// argument that was not given.
 void require_disjoint(const Tensor& written, std::initializer_list<const Tensor*> others);
 
 }  // namespace pagedcore
