@@ -281,15 +281,15 @@ def test_strided_queries(device: str, isa: str) -> None:
 
 
 def test_negative_strides(device: str) -> None:
-    """NumPy's flipped views: the block axis runs backwards."""
+    """NumPy's flipped views: the block axis runs backwards, and in V the head axis too."""
     batch = make_batch([50, 70], [1, 33], device=device)
     arrays = [t.numpy() for t in batch.args]
     want = ops.paged_attention(*arrays)
-    flip = len(arrays[1]) - 1
     arrays[1] = np.ascontiguousarray(arrays[1][::-1])[::-1]
     arrays[2] = np.ascontiguousarray(arrays[2][::-1, ::-1])[::-1, ::-1]
+    assert arrays[1].strides[0] < 0
     assert arrays[2].strides[0] < 0
-    assert flip > 0
+    assert arrays[2].strides[1] < 0
     np.testing.assert_array_equal(ops.paged_attention(*arrays), want)
 
 
@@ -431,79 +431,3 @@ def test_calls_from_many_threads(device: str) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(run, range(4)))
-
-
-@pytest.mark.parametrize("runtime", ["", "import torch; torch.ones(512, 512) @ torch.ones(512, 512)"])
-def test_works_in_a_forked_child(runtime: str) -> None:
-    """Own threads start anew in a child; OpenMP's do not, so a child of a process that used them does without."""
-    code = f"""
-import os, numpy as np
-{runtime}
-from pagedcore import ops
-ids = lambda *x: np.array(x, np.int32)
-cache = np.random.default_rng(0).standard_normal((400, 2, 16, 64), np.float32)
-args = (np.ones((1, 2, 64), np.float32), cache, cache, np.arange(400, dtype=np.int32)[None], ids(6400), ids(0, 1))
-want = ops.paged_attention(*args, num_threads=2)
-pid = os.fork()
-if pid == 0:
-    os._exit(0 if (ops.paged_attention(*args, num_threads=2) == want).all() else 1)
-raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-"""
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
-
-
-def test_a_daemon_thread_inside_a_kernel_does_not_hinder_the_exit() -> None:
-    """Python ends its threads when they ask for the GIL again: nothing may be unwound through the kernel's frames."""
-    code = """
-import threading, time, numpy as np
-from pagedcore import ops
-ids = lambda *x: np.array(x, np.int32)
-cache = np.zeros((400, 2, 16, 64), np.float32)
-args = (np.ones((1, 2, 64), np.float32), cache, cache, np.arange(400, dtype=np.int32)[None], ids(6400), ids(0, 1))
-def work():
-    while True:
-        ops.paged_attention(*args, num_threads=2)
-for _ in range(3):
-    threading.Thread(target=work, daemon=True).start()
-time.sleep(0.2)
-"""
-    for _ in range(5):
-        subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-
-
-def run_in_numpy_process(code: str) -> str:
-    prelude = """
-import numpy as np
-from pagedcore import ops
-ids = lambda *x: np.array(x, np.int32)
-cache = np.random.default_rng(0).standard_normal((2, 8, 16, 128), np.float32)
-query = np.ones((1, 32, 128), np.float32)
-def attend(tokens, **options):
-    table = np.ones((1, tokens // 16), np.int32)
-    return ops.paged_attention(query, cache, cache, table, ids(tokens), ids(0, 1), **options)
-def status(field):
-    return open("/proc/self/status").read().partition(field + ":")[2].split()[0]
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", prelude + code], check=True, timeout=120, capture_output=True, text=True
-    )
-    return done.stdout
-
-
-def test_a_tiny_split_of_a_long_sequence_takes_little_memory() -> None:
-    """Pieces of one token each would need 655 MB for their states if all of them waited."""
-    code = """
-want = attend(40_000, split_size=1, num_threads=1)
-assert (attend(40_000, split_size=1, num_threads=2) == want).all()
-print(status("VmHWM"))
-"""
-    assert int(run_in_numpy_process(code)) < 300_000  # KiB
-
-
-def test_a_huge_number_of_threads_is_not_taken_at_its_word() -> None:
-    code = """
-want = attend(16_000, split_size=16, num_threads=1)
-assert (attend(16_000, split_size=16, num_threads=2**62) == want).all()
-print(status("Threads"))
-"""
-    assert int(run_in_numpy_process(code)) < 100

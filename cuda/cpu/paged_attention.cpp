@@ -127,21 +127,8 @@ void clear_rows(const AttentionParams& p, int64_t first, int64_t last) {
   }
 }
 
-}  // namespace
-
-void paged_attention(const AttentionParams& p, int64_t split_size, int num_threads) {
-  check_indices(p);
-  const Isa& isa = selected_isa();
-  // Query rows past the last sequence are padding: they see no key.
-  if (p.query_start_loc[p.num_seqs] < p.num_tokens) {
-    const auto clear = p.dtype == DType::f32 ? clear_rows<float> : clear_rows<uint16_t>;
-    clear(p, p.query_start_loc[p.num_seqs], p.num_tokens);
-  }
-
-  thread_local Plan plan;
+void run_items(const AttentionParams& p, const Isa& isa, const Plan& plan, int num_threads) {
   thread_local Arena arena;
-  make_plan(p, isa, split_size, num_threads, plan);
-  if (plan.items.empty()) return;
   const int64_t row_cost = static_cast<int64_t>(p.head_dim + p.v_head_dim);
   constexpr int64_t kWorthAThread =
       1 << 20;  // element operations: under this, waking a thread costs more than it saves
@@ -166,15 +153,14 @@ void paged_attention(const AttentionParams& p, int64_t split_size, int num_threa
   const std::unique_ptr<std::atomic<int32_t>[]> arrived(
       plan.groups.empty() ? nullptr : new std::atomic<int32_t>[plan.groups.size()]());
 
-  const Plan& work = plan;  // a thread_local named inside the lambda would be each worker's own
   std::atomic<int64_t> cursor{0};
   const auto body = [&](int thread) {
     float* const mine = memory + thread * thread_size;
     float* const scratch = mine + 2 * state_size;
     for (;;) {
       const int64_t i = cursor.fetch_add(1, std::memory_order_relaxed);
-      if (i >= static_cast<int64_t>(work.order.size())) return;
-      const WorkItem& item = work.items[static_cast<size_t>(work.order[static_cast<size_t>(i)])];
+      if (i >= static_cast<int64_t>(plan.order.size())) return;
+      const WorkItem& item = plan.items[static_cast<size_t>(plan.order[static_cast<size_t>(i)])];
       const int64_t rows = item.rows(group_size);
       if (item.group < 0) {
         const State state = state_at(mine, rows, stride);
@@ -192,7 +178,7 @@ void paged_attention(const AttentionParams& p, int64_t split_size, int num_threa
         isa.finish(p, item, state);
         continue;
       }
-      const Group& group = work.groups[static_cast<size_t>(item.group)];
+      const Group& group = plan.groups[static_cast<size_t>(item.group)];
       float* const base = partials + partial_base[static_cast<size_t>(item.group)] * state_size;
       isa.attend(p, item, item.key_begin, item.key_end, state_at(base + item.piece * state_size, rows, stride),
                  scratch);
@@ -207,6 +193,21 @@ void paged_attention(const AttentionParams& p, int64_t split_size, int num_threa
   };
   parallel(num_threads, body);
   arena.trim();
+}
+
+}  // namespace
+
+void paged_attention(const AttentionParams& p, int64_t split_size, int num_threads) {
+  check_indices(p);
+  const Isa& isa = selected_isa();
+  thread_local Plan plan;
+  make_plan(p, isa, split_size, num_threads, plan);
+  if (!plan.items.empty()) run_items(p, isa, plan, num_threads);
+  // Query rows past the last sequence are padding: they see no key. Cleared last: all that can fail is behind, so where
+  // memory was not to be had nothing was written.
+  const int32_t padding = p.query_start_loc[p.num_seqs];
+  const auto clear = p.dtype == DType::f32 ? clear_rows<float> : clear_rows<uint16_t>;
+  clear(p, padding, p.num_tokens);
 }
 
 }  // namespace pagedcore::cpu

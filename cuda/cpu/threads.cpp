@@ -7,6 +7,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
+#include <new>
 #include <string>
 #include <thread>
 #include <vector>
@@ -66,14 +67,12 @@ int visit_count(dl_phdr_info* info, size_t, void* data) {
 
 std::atomic<const OpenMp*> found{nullptr};
 // A forked child inherits the runtime's records of a team whose threads did not come along: it would wait for them.
-std::atomic<bool> in_forked_child{false};
+std::atomic<bool> lost_to_fork{false};
 std::mutex search_mutex;
 
-// Null while no runtime is loaded. Looks again only when the process has loaded new objects.
-const OpenMp* openmp() {
-  if (in_forked_child.load(std::memory_order_relaxed)) return nullptr;
+// Null while no runtime is loaded. Looks again only when the process has loaded new objects. The caller has the lock.
+const OpenMp* search() {
   if (const OpenMp* known = found.load(std::memory_order_acquire)) return known;
-  const std::lock_guard<std::mutex> lock(search_mutex);
   static unsigned long long searched_at = ~0ull;
   Search search{searched_at, false, 0, {}};
   dl_iterate_phdr(visit, &search);
@@ -90,12 +89,18 @@ const OpenMp* openmp() {
   if (symbol("GOMP_parallel", result->parallel) && symbol("omp_get_thread_num", result->thread_num) &&
       symbol("omp_get_max_threads", result->max_threads) && symbol("omp_in_parallel", result->in_parallel)) {
     result->name = search.best_path.substr(search.best_path.rfind('/') + 1);
-    pthread_atfork(nullptr, nullptr, [] { in_forked_child.store(true, std::memory_order_relaxed); });
     found.store(result, std::memory_order_release);
     return result;
   }
   delete result;
   return nullptr;
+}
+
+const OpenMp* openmp() {
+  if (lost_to_fork.load(std::memory_order_relaxed)) return nullptr;
+  if (const OpenMp* known = found.load(std::memory_order_acquire)) return known;
+  const std::lock_guard<std::mutex> lock(search_mutex);
+  return search();
 }
 
 // Threads of our own, for processes without OpenMP (NumPy callers). They sleep between calls. One parallel call at a
@@ -164,18 +169,29 @@ class Pool {
   size_t size_ = 0;
 };
 
-std::atomic<Pool*> own_pool{nullptr};
+// Never destroyed: its sleeping threads end with the process.
+std::atomic<Pool*> own_pool{new Pool};
 
-// Never destroyed: its sleeping threads end with the process. A forked child starts anew, because threads do not
-// survive a fork.
-Pool& pool() {
-  static std::once_flag once;
-  std::call_once(once, [] {
-    own_pool.store(new Pool);
-    pthread_atfork(nullptr, nullptr, [] { own_pool.store(new Pool); });
-  });
-  return *own_pool.load();
+// A fork comes at any moment, also while another thread is in here without the GIL. The lock is the forking thread's
+// while it happens: the child would otherwise inherit it from a thread that did not come along. And the search is made
+// before it, because a runtime that no kernel has used yet may have a team as well, which torch started.
+void before_fork() {
+  search_mutex.lock();
+  try {
+    search();
+  } catch (const std::bad_alloc&) {
+    // The process forks all the same.
+  }
 }
+
+void after_fork_in_child() {
+  lost_to_fork.store(found.load() != nullptr);
+  search_mutex.unlock();
+  own_pool.store(new Pool);  // its threads did not come along either
+}
+
+// Installed as the module is loaded: before the first lock, and before anything that a fork could leave half done.
+const int handlers_installed = pthread_atfork(before_fork, [] { search_mutex.unlock(); }, after_fork_in_child);
 
 struct Call {
   void (*body)(void*, int);
@@ -209,7 +225,7 @@ void parallel(int num_threads, void (*body)(void* context, int thread), void* co
         &call, static_cast<unsigned>(num_threads), 0);
     return;
   }
-  pool().run(num_threads, body, context);
+  own_pool.load()->run(num_threads, body, context);
 }
 
 const char* thread_runtime() {
