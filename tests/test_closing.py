@@ -129,9 +129,11 @@ def test_a_damaged_core_can_be_closed() -> None:
     manager.pool.release(manager.block_table(seq))
     with pytest.raises(CorruptionError):
         manager.check()
+    with pytest.raises(CorruptionError):
+        manager.add([1])
     manager.close()
     assert manager.closed
-    with pytest.raises(CorruptionError):
+    with pytest.raises(ClosedError):
         manager.add([1])
 
 

@@ -103,7 +103,10 @@ class ClosedError(PagedCoreError, RuntimeError):
 
 
 class CorruptionError(PagedCoreError, RuntimeError):
-    """An invariant of the core does not hold: a bug in pagedcore, never the caller's. Every later call raises it."""
+    """An invariant of the core does not hold, which every later call raises too, until the core is closed.
+
+    A bug in pagedcore, or the caller released or committed blocks that were somebody else's.
+    """
 
 
 class ForkedProcessError(PagedCoreError, RuntimeError):

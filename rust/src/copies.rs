@@ -110,7 +110,7 @@ impl Copies {
             *holds.entry(src).or_default() += 1;
             if self.by_dst.get(&dst) != Some(&place) {
                 return Err(Error::corruption(
-                    "A9",
+                    "C",
                     "the pair of a copy's destination",
                     dst.0,
                     0,
@@ -119,7 +119,7 @@ impl Copies {
             }
             if self.by_dst.contains_key(&src) {
                 return Err(Error::corruption(
-                    "A9",
+                    "C",
                     "a copy's source that is a destination",
                     src.0,
                     1,
@@ -129,7 +129,7 @@ impl Copies {
         }
         if holds != self.holds || self.by_dst.len() != self.pairs.len() {
             return Err(Error::corruption(
-                "A9",
+                "C",
                 "the number of copies",
                 0,
                 self.by_dst.len(),

@@ -172,7 +172,7 @@ pub enum Error {
     ForeignStep,
     /// The core was closed.
     Closed,
-    /// An invariant does not hold: a bug in pagedcore, never the caller's.
+    /// An invariant does not hold: a bug in pagedcore, or the caller gave back or committed blocks that were somebody else's.
     Corruption {
         /// The broken invariant's name, as the documentation lists it ("A3").
         invariant: &'static str,
@@ -213,7 +213,9 @@ impl Error {
             Self::Step { .. } => "a step is begun before its first read and completed once",
             Self::ForeignStep => "a step begins in schedule() and is complete after update() or cancel()",
             Self::Closed => "create a new one",
-            Self::Corruption { .. } => "this is a bug in pagedcore; please report it with the calls that led here",
+            Self::Corruption { .. } => {
+                "unless blocks of others were released or committed, this is a bug in pagedcore: please report what led here"
+            }
             Self::ForkedProcess => "create it in the process that uses it, or start processes with the 'spawn' method",
         }
     }

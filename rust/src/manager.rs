@@ -30,6 +30,10 @@ use crate::zeroing::Zeroing;
 /// The most forks that one call makes.
 pub const MAX_FORKS: usize = 1 << 16;
 
+/// The most that the forks of one call copy, in table entries and tokens: 1 GiB. A sequence that is long itself can be
+/// forked fewer times at once, so that a number alone does not take all memory there is.
+const MAX_FORKED: usize = 1 << 28;
+
 /// Layers that share a block table.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct KVGroup {
@@ -253,33 +257,32 @@ impl KVCacheManager {
     /// O(n · blocks).
     ///
     /// # Errors
-    /// [`Error::StaleHandle`]; [`Error::InvalidArgument`] unless 1 ≤ n ≤ [`MAX_FORKS`]; [`Error::Block`] if a block
-    /// would have 2³² references. On error nothing changes.
+    /// [`Error::StaleHandle`]; [`Error::InvalidArgument`] unless 1 ≤ n ≤ [`MAX_FORKS`] (fewer where the tables would take
+    /// more than 1 GiB), or where there is no memory for the tables; [`Error::Block`] if a block would have 2³²
+    /// references. On error nothing changes.
     pub fn fork(&mut self, seq: SeqHandle, n: usize) -> Result<Vec<SeqHandle>> {
         let parent = self.sequences.get(seq)?;
-        let times = match u32::try_from(n) {
-            Ok(times) if (1..=MAX_FORKS).contains(&n) => times,
-            _ => return Err(Error::argument("n", n, Expected::Between(1, MAX_FORKS as u64))),
-        };
         let shared = parent.computed.div_ceil(self.block_size);
-        self.pool.retain_times(&parent.table[..shared], times)?;
-        let child = Sequence {
-            tokens: parent.tokens.clone(),
-            table: parent.table[..shared].to_vec(),
-            slots: parent.computed,
-            content: parent.content.clone(),
-            owned: false,
-            ..*parent
+        let most = (MAX_FORKED / parent.fork_size(shared).max(1)).clamp(1, MAX_FORKS);
+        let times = match u32::try_from(n) {
+            Ok(times) if (1..=most).contains(&n) => times,
+            _ => return Err(Error::argument("n", n, Expected::Between(1, most as u64))),
         };
-        let namespace = child.namespace;
-        let mut children = Vec::with_capacity(n);
-        for _ in 1..n {
-            self.cache.namespaces_mut().hold(namespace);
-            children.push(self.sequences.insert(child.clone()));
+        // All memory first: there may be none for the last one's table.
+        let namespace = parent.namespace;
+        let no_memory = |_| Error::argument("n", n, Expected::That("a number for whose tables there is memory"));
+        let mut children = Vec::new();
+        children.try_reserve_exact(n).map_err(no_memory)?;
+        for _ in 0..n {
+            children.push(parent.fork(shared).map_err(no_memory)?);
         }
-        self.cache.namespaces_mut().hold(namespace);
-        children.push(self.sequences.insert(child));
-        Ok(children)
+        self.sequences.try_reserve(n).map_err(no_memory)?;
+        self.pool.retain_times(&children[0].table, times)?;
+        let forked = children.into_iter().map(|child| {
+            self.cache.namespaces_mut().hold(namespace);
+            self.sequences.insert(child)
+        });
+        Ok(forked.collect())
     }
 
     /// Drops the sequence's blocks, with fence `after_step`, and keeps its tokens. What it had committed stays

@@ -37,7 +37,7 @@ pub struct NamespaceKey {
 pub(crate) type TenantSerial = u32;
 
 /// The last serial: tenants that come after it share it, and count as changed each time.
-pub(crate) const LAST_SERIAL: TenantSerial = u32::MAX >> 2;
+pub(crate) const LAST_SERIAL: TenantSerial = TenantSerial::MAX;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Root {
@@ -66,6 +66,8 @@ struct Tenant {
 pub(crate) struct Namespaces {
     roots: Vec<Root>,
     free: Vec<u32>,
+    /// Places that are never given out again, as a handle to their first life would fit once more.
+    retired: usize,
     by_key: HashMap<Arc<NamespaceKey>, u32>,
     tenants: HashMap<Box<str>, Tenant>,
     serials: TenantSerial,
@@ -113,7 +115,7 @@ impl Namespaces {
     fn make(&mut self, key: NamespaceKey) -> u32 {
         let serials = &mut self.serials;
         let tenant = self.tenants.entry(key.tenant.clone()).or_insert_with(|| {
-            *serials = LAST_SERIAL.min(*serials + 1);
+            *serials = serials.saturating_add(1);
             Tenant {
                 serial: *serials,
                 roots: 0,
@@ -178,8 +180,12 @@ impl Namespaces {
             return;
         }
         let Some(key) = place.key.take() else { return };
-        place.generation = place.generation.wrapping_add(1);
-        self.free.push(root);
+        if let Some(next) = place.generation.checked_add(1) {
+            place.generation = next;
+            self.free.push(root);
+        } else {
+            self.retired += 1;
+        }
         self.by_key.remove(&key);
         if let Some(tenant) = self.tenants.get_mut(&key.tenant) {
             tenant.roots -= 1;
@@ -259,12 +265,42 @@ impl Namespaces {
         for (what, found) in [
             ("the number of namespaces by key", self.by_key.len()),
             ("the number of namespaces by tenant", by_tenant),
-            ("the number of places not free", self.roots.len() - self.free.len()),
+            (
+                "the number of places in use",
+                self.roots.len() - self.free.len() - self.retired,
+            ),
         ] {
             if found != living {
                 return Err(Error::corruption("P6", what, 0, found, living));
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_handle_never_fits_again() {
+        let mut namespaces = Namespaces::default();
+        let key = |tenant: &str| NamespaceKey {
+            tenant: tenant.into(),
+            ..NamespaceKey::default()
+        };
+        let first = namespaces.open(key("a"));
+        namespaces.close(namespaces.resolve_open(first).unwrap());
+        namespaces.roots[0].generation = u32::MAX;
+        let last = namespaces.open(key("a"));
+        assert_eq!((last.index(), last.generation()), (0, u32::MAX));
+        namespaces.close(namespaces.resolve_open(last).unwrap());
+        // The place has no number left for another life.
+        let next = namespaces.open(key("b"));
+        assert_eq!((next.index(), namespaces.len()), (1, 1));
+        for handle in [first, last, NamespaceHandle::new(0, 0)] {
+            assert!(namespaces.resolve(handle).is_err(), "{handle:?}");
+        }
+        namespaces.check(&HashMap::new()).unwrap();
     }
 }

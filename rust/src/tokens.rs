@@ -4,6 +4,7 @@
 //! pointers and less than a chunk of tokens, and appending never touches what is shared. A chunk is a whole number
 //! of blocks, so the tokens of a full block are always one slice.
 
+use std::collections::TryReserveError;
 use std::sync::Arc;
 
 use crate::error::{Error, Expected, Result};
@@ -95,6 +96,25 @@ impl Tokens {
 
     pub(crate) fn len(&self) -> usize {
         self.full.len() * self.chunk + self.tail.len()
+    }
+
+    /// A copy that shares the full chunks.
+    pub(crate) fn try_clone(&self) -> Result<Self, TryReserveError> {
+        let (mut full, mut tail) = (Vec::new(), Vec::new());
+        full.try_reserve_exact(self.full.len())?;
+        full.extend_from_slice(&self.full);
+        tail.try_reserve_exact(self.tail.len())?;
+        tail.extend_from_slice(&self.tail);
+        Ok(Self {
+            chunk: self.chunk,
+            full,
+            tail,
+        })
+    }
+
+    /// How much a clone copies, in tokens; a pointer to a chunk is as large as two.
+    pub(crate) fn copied_by_clone(&self) -> usize {
+        2 * self.full.len() + self.tail.len()
     }
 
     /// Amortised O(1) per token.

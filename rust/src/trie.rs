@@ -77,6 +77,8 @@ pub(crate) struct Trie {
     heads: Vec<u32>,
     /// The first free place.
     free: u32,
+    /// Places that are never given out again, as a handle to their first life would fit once more.
+    retired: usize,
     len: usize,
     lru: LruList,
 }
@@ -98,6 +100,7 @@ impl Trie {
             content: HashMap::new(),
             heads: zeroed!(u32, heads)?,
             free: 0,
+            retired: 0,
             len: 0,
             lru: LruList::new(),
         })
@@ -235,7 +238,8 @@ impl Trie {
             self.free = self.nodes[id.index()].chain;
             return id;
         }
-        // Fewer than 2³¹ nodes exist, as many as blocks; the first place is the one that 0 stands for.
+        // Fewer than 2³¹ nodes exist, as many as blocks, and a place retires after 2³² of them; the first place is the one
+        // that 0 stands for.
         #[allow(clippy::cast_possible_truncation)]
         let index = self.nodes.len() as u32;
         self.nodes.push(Node::default());
@@ -261,12 +265,18 @@ impl Trie {
         if !self.content.is_empty() {
             self.content.remove(&id);
         }
-        self.nodes[id.index()] = Node {
-            generation: node.generation.wrapping_add(1),
-            chain: self.free,
+        let mut place = Node {
+            generation: node.generation,
             ..Node::default()
         };
-        self.free = id.get();
+        if let Some(next) = node.generation.checked_add(1) {
+            place.generation = next;
+            place.chain = self.free;
+            self.free = id.get();
+        } else {
+            self.retired += 1;
+        }
+        self.nodes[id.index()] = place;
         self.len -= 1;
     }
 
@@ -372,7 +382,7 @@ impl Trie {
             return Err(Error::corruption("P7", "the number of nodes", 0, self.len, count));
         }
         let chained: usize = self.heads.iter().map(|&head| self.chain_length(head)).sum();
-        let places = self.chain_length(self.free) + 1 + self.len;
+        let places = self.chain_length(self.free) + self.retired + 1 + self.len;
         if chained != self.len || places != self.nodes.len() {
             return Err(Error::corruption(
                 "P7",
@@ -443,5 +453,40 @@ impl Trie {
             ));
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_handle_never_fits_again() {
+        let mut trie = Trie::new(8, 2).unwrap();
+        let query = |tokens| Query {
+            parent: None,
+            namespace: 0,
+            tokens,
+            content: &[],
+        };
+        let insert = |trie: &mut Trie, tokens| {
+            let node = trie.insert(&query(tokens), BlockId(1));
+            trie.check(|_| true).unwrap();
+            (node, trie.handle(node))
+        };
+        let (node, first) = insert(&mut trie, &[1, 2]);
+        trie.remove(node);
+        trie.nodes[node.index()].generation = u32::MAX;
+        let (again, last) = insert(&mut trie, &[1, 2]);
+        assert_eq!((again, last.generation()), (node, u32::MAX));
+        trie.remove(again);
+        trie.check(|_| true).unwrap();
+        // The place has no number left for another life.
+        let (other, _) = insert(&mut trie, &[3, 4]);
+        assert_ne!(other, node);
+        for handle in [first, last, NodeHandle::new(node.get(), 0)] {
+            assert!(trie.resolve(handle).is_err(), "{handle:?}");
+        }
+        assert_eq!((trie.find(&query(&[1, 2])), trie.len()), (None, 1));
     }
 }

@@ -68,7 +68,7 @@ impl KVCacheManager {
             ),
         ] {
             if low > high {
-                return Err(Error::corruption("S7", what, index, low, high));
+                return Err(Error::corruption("S", what, index, low, high));
             }
         }
         let distinct: HashSet<_> = sequence.table.iter().collect();

@@ -70,7 +70,7 @@ impl KVCacheManager {
         self.sequences.get(seq).is_ok_and(|sequence| sequence.owned)
     }
 
-    /// Sequences that are requests'. O(sequences).
+    /// Sequences that are requests'. O([`peak_sequences`](Self::peak_sequences)).
     pub(crate) fn num_claimed(&self) -> usize {
         self.sequences.iter().filter(|(_, sequence)| sequence.owned).count()
     }
@@ -211,7 +211,13 @@ impl KVCacheManager {
         Ok(())
     }
 
-    /// Counts and totals. O(sequences).
+    /// The most sequences there were at a time. O(1).
+    #[must_use]
+    pub fn peak_sequences(&self) -> usize {
+        self.sequences.places()
+    }
+
+    /// Counts and totals. O([`peak_sequences`](Self::peak_sequences)).
     #[must_use]
     pub fn stats(&self) -> ManagerStats {
         let mut stats = ManagerStats {

@@ -9,9 +9,9 @@ use pyo3::types::{PyDict, PyTuple};
 use super::arguments::{self, Arg, items, type_name};
 use super::core::Core;
 use super::errors;
-use super::numpy::Out;
+use super::numpy::{NewIds, Out};
 use super::pool::{BlockPool, pool_stats};
-use super::prefix::{PrefixCache, cache_stats, ids, namespace_key, read_content_keys};
+use super::prefix::{PrefixCache, cache_stats, namespace_key, read_content_keys};
 use super::shared::{Handle, Shared};
 use super::{arrays, numpy};
 use crate::error::Result;
@@ -136,6 +136,36 @@ impl KVCacheManager {
     ) -> PyResult<R> {
         let size = |core: &mut Core| core.manager().and_then(|m| size(m)).unwrap_or(0);
         self.core.call_weighed(py, size, |core| f(core.manager_of(seq)?))
+    }
+
+    /// Takes what is to be done before a step, at most `count` entries, and the array for it, which comes first: what was
+    /// taken could not be put back.
+    fn take<'py, R: Send>(
+        &self,
+        py: Python<'py>,
+        out: impl Fn(usize) -> PyResult<NewIds<'py>>,
+        count: fn(&Manager) -> usize,
+        mut take: impl FnMut(&mut Manager) -> Result<Vec<R>> + Send,
+    ) -> PyResult<(NewIds<'py>, Vec<R>)> {
+        let mut room = self.short(py, |m| Ok(count(m)))?;
+        loop {
+            let out = out(room)?;
+            let size = |core: &mut Core| core.manager().map_or(0, |m| count(m));
+            let taken = self.core.call_weighed(py, size, |core| {
+                let manager = core.manager_of_steps()?;
+                let now = count(manager);
+                if now <= room {
+                    take(manager).map(Ok)
+                } else {
+                    Ok(Err(now))
+                }
+            })?;
+            match taken {
+                Ok(taken) => return Ok((out, taken)),
+                // Another thread was quicker, and added some.
+                Err(now) => room = now,
+            }
+        }
     }
 }
 
@@ -340,8 +370,14 @@ impl KVCacheManager {
 
     /// Makes `n` copies that share the blocks that hold computed tokens, until one of them writes. O(n * blocks).
     ///
+    /// Args:
+    ///     n: 1 to 65,536; fewer where the tables would take more than 1 GiB.
+    ///
     /// Returns:
     ///     the copies' handles.
+    ///
+    /// Raises:
+    ///     InvalidArgumentError: `n` is out of range, or there is no memory for as many tables. Nothing has changed.
     #[pyo3(signature = (seq, n = Arg(None)), text_signature = "($self, seq, n=1)")]
     fn fork(&self, seq: &Bound<'_, PyAny>, n: Arg<'_>) -> PyResult<Vec<u64>> {
         let handle = sequence(seq)?;
@@ -449,24 +485,24 @@ impl KVCacheManager {
     #[pyo3(signature = (group = Arg(None)), text_signature = "($self, group=0)")]
     fn take_block_copies<'py>(&self, py: Python<'py>, group: Arg<'py>) -> PyResult<Bound<'py, PyAny>> {
         let group = group.or(0, |g| arguments::size(g, "group"))?;
-        let size = |core: &mut Core| core.manager().map_or(0, |m| m.num_block_copies());
-        let take = |core: &mut Core| core.manager_of_steps()?.take_block_copies(group);
-        let pairs = self.core.call_weighed(py, size, take)?;
-        let rows: Vec<_> = pairs.into_iter().map(|(src, dst)| [src.0, dst.0]).collect();
-        numpy::new_i32_rows(py, &rows)
+        let count = |m: &Manager| m.num_block_copies();
+        let out = |room| NewIds::pairs(py, room);
+        let (out, pairs) = self.take(py, out, count, |m| m.take_block_copies(group))?;
+        out.fill(pairs.len(), pairs.iter().flat_map(|(src, dst)| [src.0, dst.0]))
     }
 
     /// Takes the blocks that came from another tenant, as int32: zero them before the copies and writes of a step. O(n).
     fn take_blocks_to_zero<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        let size = |core: &mut Core| core.manager().map_or(0, |m| m.num_blocks_to_zero());
-        let take = |core: &mut Core| Ok(core.manager_of_steps()?.take_blocks_to_zero());
-        let blocks = self.core.call_weighed(py, size, take)?;
-        numpy::new_i32(py, ids(blocks))
+        let count = |m: &Manager| m.num_blocks_to_zero();
+        let out = |room| NewIds::new(py, room);
+        let (out, blocks) = self.take(py, out, count, |m| Ok(m.take_blocks_to_zero()))?;
+        out.blocks(blocks)
     }
 
-    /// Counts at this moment and totals; `pool` and `cache` (or None) are dicts of their own. O(sequences).
+    /// Counts at this moment and totals; `pool` and `cache` (or None) are dicts of their own. O(the most sequences that
+    /// there were at a time).
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let stats = self.weighed(py, |m| Ok(m.num_sequences()), |m| Ok(m.stats()))?;
+        let stats = self.weighed(py, |m| Ok(m.peak_sequences()), |m| Ok(m.stats()))?;
         let dict = PyDict::new(py);
         dict.set_item("num_sequences", stats.num_sequences)?;
         dict.set_item("num_preempted", stats.num_preempted)?;
@@ -490,7 +526,8 @@ impl KVCacheManager {
         self.core.call_detached(py, Core::check)
     }
 
-    /// Ends this manager and whatever shares its blocks: its pool and cache, and the scheduler over it. Idempotent. O(its memory).
+    /// Ends this manager and whatever shares its blocks: its pool and cache, and the scheduler over it. Idempotent.
+    /// O(its memory).
     ///
     /// Calls that run are done first; later ones raise `ClosedError`. Sizes can still be read.
     fn close(&self, py: Python<'_>) -> PyResult<()> {

@@ -10,16 +10,47 @@ use pyo3::types::{PySlice, PyType};
 use super::arguments::{type_name, with_cause};
 use super::arrays::{unusable, wrong_shape};
 use super::errors;
+use crate::ids::BlockId;
 use crate::plan::{Array, ArrayInfo, DType};
 
-/// A new int32 array of shape [n]. All ids of the core are below 2^31.
-pub fn new_i32<'py>(py: Python<'py>, values: Vec<u32>) -> PyResult<Bound<'py, PyAny>> {
-    let array = functions(py)?
-        .empty
-        .bind(py)
-        .call1((values.len(), &functions(py)?.int32))?;
-    fill_i32(&array, values)?;
-    Ok(array)
+/// An int32 array to be, of ids. It is made before the call that changes the core, with room for all that can come of it: what
+/// can fail for want of `NumPy` or of memory has then failed before anything changes. (A view takes some bytes only.)
+pub struct NewIds<'py> {
+    array: Bound<'py, PyAny>,
+    room: usize,
+}
+
+impl<'py> NewIds<'py> {
+    /// Of shape [room].
+    pub fn new(py: Python<'py>, room: usize) -> PyResult<Self> {
+        let functions = functions(py)?;
+        let array = functions.empty.bind(py).call1((room, &functions.int32))?;
+        Ok(Self { array, room })
+    }
+
+    /// Of shape [room, 2].
+    pub fn pairs(py: Python<'py>, room: usize) -> PyResult<Self> {
+        let functions = functions(py)?;
+        let array = functions.empty.bind(py).call1(((room, 2), &functions.int32))?;
+        Ok(Self { array, room })
+    }
+
+    /// The array with `len` ids, or pairs of ids: its front, if there is room for more. All ids are below 2^31.
+    pub fn fill(self, len: usize, ids: impl Iterator<Item = u32>) -> PyResult<Bound<'py, PyAny>> {
+        let array = if len == self.room {
+            self.array
+        } else {
+            front(&self.array, len)?
+        };
+        let ids: Vec<i32> = ids.map(u32::cast_signed).collect();
+        fill(&array, &ids)?;
+        Ok(array)
+    }
+
+    /// The array with these blocks.
+    pub fn blocks(self, blocks: Vec<BlockId>) -> PyResult<Bound<'py, PyAny>> {
+        self.fill(blocks.len(), blocks.into_iter().map(|block| block.0))
+    }
 }
 
 /// A new int32 array of shape [n], of numbers that are int32 already.
@@ -32,16 +63,6 @@ pub fn new_i32_signed<'py>(py: Python<'py>, values: &[i32]) -> PyResult<Bound<'p
     Ok(array)
 }
 
-/// A new int32 array of shape [n, K].
-pub fn new_i32_rows<'py, const K: usize>(py: Python<'py>, rows: &[[u32; K]]) -> PyResult<Bound<'py, PyAny>> {
-    let array = functions(py)?
-        .empty
-        .bind(py)
-        .call1(((rows.len(), K), &functions(py)?.int32))?;
-    fill_i32(&array, rows.iter().flatten().copied().collect())?;
-    Ok(array)
-}
-
 /// A new int64 array of shape [n].
 pub fn new_i64<'py>(py: Python<'py>, values: &[i64]) -> PyResult<Bound<'py, PyAny>> {
     let array = functions(py)?
@@ -50,11 +71,6 @@ pub fn new_i64<'py>(py: Python<'py>, values: &[i64]) -> PyResult<Bound<'py, PyAn
         .call1((values.len(), &functions(py)?.int64))?;
     fill(&array, values)?;
     Ok(array)
-}
-
-fn fill_i32(array: &Bound<'_, PyAny>, values: Vec<u32>) -> PyResult<()> {
-    let values: Vec<i32> = values.into_iter().map(u32::cast_signed).collect();
-    fill(array, &values)
 }
 
 /// Writes all elements of a `NumPy` array that has as many.
@@ -153,7 +169,7 @@ impl<'py> Out<'py> {
     }
 }
 
-/// What is used of `NumPy`, looked up once. `NumPy` is imported by the first call that needs an array: `import pagedcore` is not slowed by it.
+/// What is used of `NumPy`, looked up once.
 struct Functions {
     empty: Py<PyAny>,
     ndarray: Py<PyAny>,

@@ -8,9 +8,8 @@ use pyo3::types::{PyDict, PyTuple};
 use super::arguments::{self, Arg};
 use super::core::{Blocks, Core};
 use super::errors;
-use super::prefix::ids;
 use super::shared::{Handle, Shared};
-use super::{arrays, numpy};
+use super::{arrays, numpy::NewIds};
 use crate::ids::{BlockId, Step};
 use crate::pool::{self, PoolStats};
 
@@ -120,13 +119,14 @@ impl BlockPool {
     fn allocate<'py>(&self, n: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
         let py = n.py();
         let n = arguments::size(n, "n")?;
+        // More than there are is refused below, with its numbers.
+        let out = NewIds::new(py, n.min(self.num_blocks))?;
         let take = |core: &mut Core| {
             let (pool, cache) = core.pool_and_cache();
-            let blocks = pool.allocate(n, cache)?;
-            Ok(ids(blocks))
+            pool.allocate(n, cache)
         };
         let blocks = self.core.call_sized(py, n, take)?;
-        numpy::new_i32(py, blocks)
+        out.blocks(blocks)
     }
 
     /// Adds a reference to each of `blocks`, which must be held by somebody. O(1) per block.
@@ -205,7 +205,8 @@ impl BlockPool {
         self.core.call_detached(py, Core::check)
     }
 
-    /// Ends this pool and whatever shares its blocks: the cache, manager and scheduler over it. Idempotent. O(its memory).
+    /// Ends this pool and whatever shares its blocks: the cache, manager and scheduler over it. Idempotent.
+    /// O(its memory).
     ///
     /// Calls that run are done first; later ones raise `ClosedError`. Sizes can still be read.
     fn close(&self, py: Python<'_>) -> PyResult<()> {

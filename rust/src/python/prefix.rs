@@ -11,7 +11,7 @@ use super::core::Core;
 use super::errors::{self, Class};
 use super::pool::BlockPool;
 use super::shared::Handle;
-use super::{arrays, numpy};
+use super::{arrays, numpy::NewIds};
 use crate::content::{ContentKey, ContentKeys};
 use crate::ids::{BlockId, NamespaceHandle, NodeHandle};
 use crate::namespace::{ExtraKey, NamespaceKey};
@@ -233,12 +233,14 @@ impl PrefixCache {
         let max_tokens = arguments::optional(max_tokens, |n| arguments::size(n, "max_tokens"))?;
         let content = read_content_keys(&content_keys)?;
         let tokens = arrays::token_ids(token_ids, "token_ids", self.vocabulary)?;
+        let most = tokens.len().min(max_tokens.unwrap_or(usize::MAX)) / self.block_size;
+        let out = NewIds::new(py, most)?;
         let hit = self.core.call_sized(py, tokens.len(), |core| {
             let (cache, pool) = core.cache()?;
             cache.acquire(pool, &tokens, ns, max_tokens, &content)
         })?;
         Ok(PrefixHit {
-            blocks: numpy::new_i32(py, ids(hit.blocks))?.unbind(),
+            blocks: out.blocks(hit.blocks)?.unbind(),
             num_tokens: hit.num_tokens,
             node: hit.node.map(|node| node.0),
         })
@@ -280,12 +282,13 @@ impl PrefixCache {
         let tokens = arrays::token_ids(token_ids, "token_ids", self.vocabulary)?;
         let blocks = arrays::block_ids(blocks, "blocks", self.num_blocks)?;
         let blocks: Vec<_> = blocks.into_iter().map(BlockId).collect();
+        let out = NewIds::new(py, blocks.len())?;
         let commit = self.core.call_sized(py, tokens.len(), |core| {
             let (cache, pool) = core.cache()?;
             cache.commit(pool, &tokens, &blocks, ns, parent, after_step, &content)
         })?;
         Ok(Commit {
-            blocks: numpy::new_i32(py, ids(commit.blocks))?.unbind(),
+            blocks: out.blocks(commit.blocks)?.unbind(),
             node: commit.node.map(|node| node.0),
         })
     }
@@ -327,7 +330,8 @@ impl PrefixCache {
         self.core.call_detached(py, Core::check)
     }
 
-    /// Ends this cache and whatever shares its blocks: the pool, and the manager and scheduler over it. Idempotent. O(its memory).
+    /// Ends this cache and whatever shares its blocks: the pool, and the manager and scheduler over it. Idempotent.
+    /// O(its memory).
     ///
     /// Calls that run are done first; later ones raise `ClosedError`. Sizes can still be read.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
@@ -374,11 +378,6 @@ pub fn cache_stats<'py>(py: Python<'py>, stats: &CacheStats) -> PyResult<Bound<'
     dict.set_item("merged", stats.merged)?;
     dict.set_item("evicted", stats.evicted)?;
     Ok(dict)
-}
-
-/// Block ids as plain numbers.
-pub fn ids(blocks: Vec<BlockId>) -> Vec<u32> {
-    blocks.into_iter().map(|block| block.0).collect()
 }
 
 fn namespace_handle(ns: &Bound<'_, PyAny>) -> PyResult<NamespaceHandle> {

@@ -4,10 +4,10 @@
 //!
 //! # Lock order
 //! The lock is never held while waiting for the interpreter:
-//! - A short call (O(1), or O(blocks) of one sequence) keeps the interpreter attached if the lock is free at once, and
-//!   detaches while it waits otherwise.
-//! - A long call (O(prompt), O(pool)) detaches first, then locks, and unlocks before it attaches again. Where only the core
-//!   knows how much there is to do, a short look under the lock says which of the two it is.
+//! - A short call (it touches fewer than `LONG` blocks, nodes or tokens) keeps the interpreter attached if the lock is free
+//!   at once, and detaches while it waits otherwise.
+//! - A long call detaches first, then locks, and unlocks before it attaches again. Where the arguments do not tell which of
+//!   the two a call is (a step's, one about a whole sequence), a short look at the core under the lock does.
 //! - No Python code runs under the lock: closures get plain values and return plain values; arguments are read
 //!   before, results are built after. So a finaliser, a signal handler or `__index__` that calls back finds it free.
 //!
@@ -17,10 +17,11 @@
 //! middle of another thread's call: its calls raise `ForkedProcessError` before they touch the lock.
 //!
 //! # Closing
-//! `close()` of any object takes the core from all that share it: their later calls raise `ClosedError`. Memory that NumPy
-//! arrays may still show, which is that of a scheduler's plans, is kept until they are gone.
+//! `close()` of any object takes the core from all that share it: their later calls raise `ClosedError`, those of a damaged
+//! core too. `closed` is true before the first of them is refused. Memory that NumPy arrays may still show, which is that of
+//! a scheduler's plans, is kept until they are gone.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use pyo3::prelude::*;
@@ -42,6 +43,7 @@ static GENERATION: AtomicU64 = AtomicU64::new(0);
 pub struct Shared {
     /// None: closed.
     core: Guarded<Option<Core>>,
+    closed: AtomicBool,
     /// What is left of a core that was closed: memory that arrays may still show.
     left: OnceLock<Option<PlanBuffer>>,
     generation: u64,
@@ -54,6 +56,7 @@ impl Shared {
     pub fn new(core: Core) -> Handle {
         Arc::new(Self {
             core: Guarded::new(Some(core)),
+            closed: AtomicBool::new(false),
             left: OnceLock::new(),
             generation: GENERATION.load(Ordering::Relaxed),
         })
@@ -61,7 +64,7 @@ impl Shared {
 
     /// Runs a short call.
     pub fn call<R: Send>(&self, py: Python<'_>, f: impl FnOnce(&mut Core) -> Result<R> + Send) -> PyResult<R> {
-        self.usable(py)?;
+        self.open(py)?;
         let outcome = match self.core.try_call(opened(f)) {
             Ok(outcome) => outcome,
             Err(f) => py.detach(|| self.core.call(f)),
@@ -71,7 +74,7 @@ impl Shared {
 
     /// Runs a long call, other Python threads beside it.
     pub fn call_detached<R: Send>(&self, py: Python<'_>, f: impl FnOnce(&mut Core) -> Result<R> + Send) -> PyResult<R> {
-        self.usable(py)?;
+        self.open(py)?;
         let outcome = py.detach(|| self.core.call(opened(f)));
         self.told(py, outcome)
     }
@@ -91,14 +94,14 @@ impl Shared {
     }
 
     /// Runs a call that touches `size(core)` blocks, sequences or tokens, which is asked under the lock: long or short
-    /// accordingly. `size` takes O(1).
+    /// accordingly. `size` only reads counts: it takes far less than the call.
     pub fn call_weighed<R: Send>(
         &self,
         py: Python<'_>,
         size: impl FnOnce(&mut Core) -> usize,
         mut f: impl FnMut(&mut Core) -> Result<R> + Send,
     ) -> PyResult<R> {
-        self.usable(py)?;
+        self.open(py)?;
         let short = self.core.try_call(|core| {
             let size = core.as_mut().map_or(0, size);
             (size < LONG).then(|| opened(&mut f)(core))
@@ -113,7 +116,9 @@ impl Shared {
 
     /// Ends the core, once the calls that run are done, and gives its memory back. Idempotent. O(its size).
     pub fn close(&self, py: Python<'_>) -> PyResult<()> {
-        self.usable(py)?;
+        self.ours(py)?;
+        // Before the core is taken: whoever does not find it any more finds this.
+        self.closed.store(true, Ordering::Release);
         py.detach(|| {
             // Taken out first: nobody waits for the lock while the memory is given back.
             if let Some(core) = self.core.replace(None) {
@@ -125,19 +130,21 @@ impl Shared {
 
     /// Whether the core was closed.
     pub fn is_closed(&self) -> bool {
-        self.left.get().is_some()
+        self.closed.load(Ordering::Acquire)
     }
 
-    /// Refuses what does not reach the core, and yet makes no sense without it.
+    /// Can it be called at all? Asked before every call, and by what does not reach the core and yet makes no sense
+    /// without it.
     pub fn open(&self, py: Python<'_>) -> PyResult<()> {
-        self.usable(py)?;
+        self.ours(py)?;
         if self.is_closed() {
             return Err(errors::from_core(py, &Error::Closed));
         }
         Ok(())
     }
 
-    fn usable(&self, py: Python<'_>) -> PyResult<()> {
+    /// Is it this process's?
+    fn ours(&self, py: Python<'_>) -> PyResult<()> {
         if self.generation != GENERATION.load(Ordering::Relaxed) {
             return Err(errors::from_core(py, &Error::ForkedProcess));
         }
@@ -157,14 +164,14 @@ impl Shared {
             Err(Damaged(reason)) => {
                 let message = format!("the core is damaged and refuses every call: {reason}");
                 Err(errors::new(py, Class::Corruption, message)
-                    .hint("this is a bug in pagedcore; create a new core, and report what led here")
+                    .hint("create a new one; unless blocks of others were released or committed, report what led here")
                     .into())
             }
         }
     }
 }
 
-/// A call of a core that may have been closed.
+/// A call of a core that may have been closed while it waited.
 fn opened<R>(f: impl FnOnce(&mut Core) -> Result<R>) -> impl FnOnce(&mut Option<Core>) -> Result<R> {
     |core| core.as_mut().ok_or(Error::Closed).and_then(f)
 }

@@ -153,3 +153,34 @@ fn a_block_that_a_step_in_flight_writes_is_copied() {
     assert_eq!(manager.take_block_copies(0).unwrap(), [(written, fresh)]);
     manager.check().unwrap();
 }
+
+#[test]
+fn a_cancelled_copy_does_not_use_up_the_replacement_of_another_block() {
+    let mut manager = manager(7);
+    let parent = add(&mut manager, &tokens(0..6));
+    manager.allocate_slots(parent, 6, 4).unwrap();
+    manager.commit(parent, 6).unwrap();
+    let [_, source, shared] = table(&manager, parent)[..] else {
+        panic!("three blocks")
+    };
+    let child = manager.fork(parent, 1).unwrap()[0];
+    manager.allocate_slots(child, 1, 0).unwrap();
+    // The copy's destination outlives the child in another's hand, and is given back there: the pair is still pending.
+    let destination = BlockId(table(&manager, child)[1]);
+    manager.pool.retain(&[destination]).unwrap();
+    manager.free(child, None).unwrap();
+    manager.pool.release(&[destination], None, &mut manager.cache).unwrap();
+    // The parent takes that block for one thing, and has to replace another that is shared.
+    manager.pool.retain(&[BlockId(shared)]).unwrap();
+    let spare = manager.pool.num_free() - 2;
+    manager.pool.allocate(spare, &mut manager.cache).unwrap();
+    assert_eq!(manager.pool.num_free(), 2);
+    assert_eq!(manager.allocate_slots(parent, 2, 8).unwrap(), 2);
+    let now = table(&manager, parent);
+    assert_eq!((now.len(), now[1]), (4, source));
+    assert_ne!(now[2], shared);
+    let pair = (BlockId(shared), BlockId(now[2]));
+    assert_eq!(manager.take_block_copies(0).unwrap(), [pair]);
+    assert_eq!(manager.pool.ref_count(BlockId(source)), Ok(1));
+    manager.check().unwrap();
+}

@@ -167,3 +167,19 @@ fn configurations_are_checked() {
         assert!(KVCacheManager::new(&bad).is_err(), "{bad:?}");
     }
 }
+
+#[test]
+fn forks_are_bounded_by_what_they_copy() {
+    // Long tables are tested from Python, where the process can be given less memory. Here: a long tail of tokens.
+    let mut manager = KVCacheManager::new(&ManagerConfig::new(8, 1 << 16)).unwrap();
+    let seq = add(&mut manager, &tokens(0..(1 << 16) - 1));
+    let before = manager.clone();
+    let most = (1 << 28) / ((1 << 16) - 1);
+    for n in [0, most + 1, MAX_FORKS, usize::MAX] {
+        let expected = Expected::Between(1, most as u64);
+        assert_eq!(manager.fork(seq, n), Err(Error::argument("n", n, expected)));
+    }
+    assert_eq!(manager, before);
+    assert_eq!(manager.fork(seq, 3).unwrap().len(), 3);
+    manager.check().unwrap();
+}
