@@ -158,6 +158,34 @@ class TestTokenIds:
             llm.generate([[5, 6], [7, 8]], SamplingParams(max_tokens=3))
         assert not llm.engine.has_unfinished
 
+    def test_a_prompt_that_somebody_aborts_beside_others(self, llm, monkeypatch):
+        """Neither news that somebody has not fetched nor a request that still runs is a reason to step on."""
+        step, steps = llm.engine.step, iter(range(20))
+
+        def aborting(only=None):
+            if next(steps) == 2:  # an endless loop ends here, with a StopIteration
+                llm.engine.abort("llm-0")
+            return step(only)
+
+        monkeypatch.setattr(llm.engine, "step", aborting)
+        llm.engine.add_request("ended", [9, 9, 9], SamplingParams(max_tokens=1))
+        llm.engine.add_request("running", [9, 9, 8], SamplingParams(max_tokens=90, ignore_eos=True))
+        with pytest.raises(UnknownRequestError, match="1 of 1 prompts got no answer, 'llm-0' first"):
+            llm.generate([5, 6], SamplingParams(max_tokens=30, ignore_eos=True))
+        assert next(steps) == 3
+        assert llm.engine.num_unfinished == 1
+        (ended, *_) = step()
+        assert (ended.request_id, ended.finished) == ("ended", True)
+
+    def test_ids_that_others_use(self, llm):
+        """`generate` makes up ids, and passes over those that are taken."""
+        params = SamplingParams(max_tokens=3, ignore_eos=True)
+        for request_id in ("llm-1", "llm-2"):
+            llm.engine.add_request(request_id, [9, 9, 9], params)
+        outputs = llm.generate([[5, 6], [7, 8]], params)
+        assert [output.request_id for output in outputs] == ["llm-0", "llm-3"]
+        assert {output.request_id for output in llm.engine.step()} == {"llm-1", "llm-2"}
+
     def test_close(self, tiny):
         llm = LLM(tiny, num_blocks=10)
         llm.close()

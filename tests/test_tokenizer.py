@@ -7,7 +7,7 @@ import random
 import pytest
 import transformers
 from pagedcore.errors import InvalidArgumentError, UnsupportedError
-from pagedcore.tokenizer import Detokenizer, Tokenizer
+from pagedcore.tokenizer import PROMPT_CONTEXT, Detokenizer, Tokenizer
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
@@ -91,6 +91,43 @@ def test_byte_fallback():
     pieces = stream(tokenizer, ids)
     assert "".join(pieces) == "Hello€😀 the" == tokenizer.decode(ids)
     assert not any("\ufffd" in piece for piece in pieces)
+
+
+def bytes_of(text, vocabulary):
+    return [vocabulary[f"<0x{byte:02X}>"] for byte in text.encode()]
+
+
+@pytest.mark.parametrize("repeated", ["😀", "東京", "é", "a€😀ü", "xy東😀"], ids=ascii)
+@pytest.mark.parametrize("first", [0, 1, 2, 3, 4, 5])
+def test_long_runs_of_bytes(repeated, first):
+    """The window slides between characters: a decoder that is given half of one gives up the whole run."""
+    tokenizer, vocabulary = sentencepiece_like()
+    text = repeated * 30
+    ids = [vocabulary["▁Hello"]] * first + bytes_of(text, vocabulary)
+    pieces = stream(tokenizer, ids)
+    assert "".join(pieces) == tokenizer.decode(ids) == (" Hello" * first).lstrip() + text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("repeated", ["😀", "東京", "é", "a€😀ü"], ids=ascii)
+def test_a_prompt_that_ends_in_bytes(repeated):
+    """Anywhere, also within a character, which comes out with the answer then."""
+    tokenizer, vocabulary = sentencepiece_like()
+    prompt_text, text = "日本é😀語", repeated * 12
+    every = bytes_of(prompt_text + text, vocabulary)
+    for length in range(1, len(prompt_text.encode()) + 1):
+        whole = prompt_text.encode()[:length].decode(errors="ignore")
+        pieces = stream(tokenizer, every[length:], every[:length])
+        assert "".join(pieces) == (prompt_text + text)[len(whole) :], f"{length} bytes of the prompt"
+        few = stream(tokenizer, every[length:], every[:length][-PROMPT_CONTEXT:])
+        assert few == pieces, "the last few tokens of a prompt are enough"
+
+
+def test_prompts_of_no_text():
+    """No token, or bytes that are no character in the making: nothing of the prompt is in the answer."""
+    tokenizer, vocabulary = sentencepiece_like()
+    for prompt in ([], [vocabulary["<0xFF>"]] * 20):
+        assert "".join(stream(tokenizer, [vocabulary["▁a"], vocabulary["▁the"]], prompt)).lstrip() == "a the"
 
 
 def test_a_long_answer_costs_the_same_at_its_end():

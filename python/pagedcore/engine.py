@@ -35,7 +35,7 @@ from pagedcore.outputs import EngineStats, RequestMetrics, RequestOutput
 from pagedcore.request import News, Request, Sequence, changes_of_end, changes_of_step
 from pagedcore.runner import ModelRunner
 from pagedcore.sampling import Sampler, SamplingParams, sequence_key
-from pagedcore.tokenizer import CONTEXT, NO_TEXT
+from pagedcore.tokenizer import NO_TEXT, PROMPT_CONTEXT
 
 if TYPE_CHECKING:
     import os
@@ -196,7 +196,7 @@ class Engine:
             metrics=RequestMetrics(time.monotonic()),
         )
         seed = secrets.randbits(64) if params.seed is None else params.seed
-        state = NO_TEXT if self._detokenizer is None else self._detokenizer.begin(tokens[-CONTEXT:])
+        state = NO_TEXT if self._detokenizer is None else self._detokenizer.begin(tokens[-PROMPT_CONTEXT:])
         request.sequences += (
             Sequence(request, index, sequence_key(seed, index), detokenizer=self._detokenizer, state=state)
             for index in range(params.n)

@@ -32,7 +32,8 @@ class LLM:
 
     def __init__(self, model: str | os.PathLike[str] | LoadedModel, **options: Any) -> None:
         self.engine = Engine(model, **options)
-        self._ids = itertools.count()
+        ids = map("llm-{}".format, itertools.count())
+        self._free_ids = itertools.filterfalse(self.engine.in_use, ids)  # an id may be the choice of somebody else
 
     def generate(
         self,
@@ -88,8 +89,7 @@ class LLM:
     ) -> list[RequestOutput]:
         every = _params_list(params, len(prompts))
         requests = [
-            self.engine.prepare(f"llm-{next(self._ids)}", prompt, each)
-            for prompt, each in zip(prompts, every, strict=True)
+            self.engine.prepare(next(self._free_ids), prompt, each) for prompt, each in zip(prompts, every, strict=True)
         ]
         results: dict[str, RequestOutput] = {}
         unanswered = {request.request_id for request in requests}
@@ -97,7 +97,8 @@ class LLM:
         try:
             for request in requests:
                 self.engine.add_prepared(request)
-            while unanswered and self.engine.has_unfinished:
+            # One that somebody else aborts is told to them. As a rule `any` looks at one id.
+            while any(map(self.engine.in_use, unanswered)):
                 new_tokens = 0
                 for output in self.engine.step(only=unanswered):
                     new_tokens += sum(len(completion.new_token_ids) for completion in output.outputs)

@@ -22,8 +22,16 @@ logger = logging.getLogger(__name__)
 #: What a decoder writes for bytes that are not, or not yet, UTF-8.
 _REPLACEMENT = "\ufffd"
 
-#: Tokens that stay in the decoding window for context after their text was given out.
-CONTEXT = 5
+#: Most tokens of a character that are not its last one: UTF-8 has at most four bytes for it, and a token at least one.
+_INCOMPLETE = 3
+
+#: Tokens that stay in the decoding window for context after their text was given out; more where a character would be
+#: cut.
+_CONTEXT = 5
+
+#: The last tokens of a prompt that a `Detokenizer` looks at: context that begins with a whole character, and one that
+#: the answer completes.
+PROMPT_CONTEXT = _CONTEXT + _INCOMPLETE + _INCOMPLETE
 
 #: Tokens that may stay undecided. A character has at most four bytes, so more than these are no character in the
 #: making.
@@ -134,11 +142,17 @@ class Detokenizer:
 
     def begin(self, prompt_token_ids: Iterable[int] = ()) -> TextState:
         """The state before the first token. The end of the prompt is context, so that the first word keeps its
-        leading space. ``prompt_token_ids`` can be its last few tokens only (`CONTEXT`).
+        leading space. ``prompt_token_ids`` can be its last few tokens only (`PROMPT_CONTEXT`).
         """
-        window = tuple(int(token) for token in prompt_token_ids)[-CONTEXT:]
-        # A character that the prompt leaves incomplete is not given out yet.
-        return TextState(window, len(window), len(self._decode(window).rstrip(_REPLACEMENT)) if window else 0)
+        tokens = tuple(int(token) for token in prompt_token_ids)
+        # A character that the prompt leaves incomplete comes out with the answer.
+        for undecided in range(min(_INCOMPLETE, len(tokens)) + 1):
+            end = len(tokens) - undecided
+            context, text = self._context(tokens[:end])
+            if not text.endswith(_REPLACEMENT):
+                return TextState((*context, *tokens[end:]), len(context), len(text))
+        context, text = self._context(tokens)  # these bytes are no character in the making
+        return TextState(context, len(context), len(text))
 
     def after(self, state: TextState, token: int | None, *, last: bool = False) -> tuple[str, TextState]:
         """Adds a token, if there is one: the text that is now certain, often a word, empty while a character is
@@ -154,7 +168,21 @@ class Detokenizer:
         given = max(state.given, len(text))
         if waiting:
             return new, TextState(window, state.settled, given)
-        if len(window) > 4 * CONTEXT:  # slide: amortised, as decoding the context anew costs about a token
-            window = window[-CONTEXT:]
-            given = len(self._decode(window))
+        if len(window) > 4 * _CONTEXT:  # slide: amortised, as decoding the context anew costs about a token
+            window, text = self._context(window)
+            given = len(text)
         return new, TextState(window, len(window), given)
+
+    def _context(self, tokens: tuple[int, ...]) -> tuple[tuple[int, ...], str]:
+        """The last few of these tokens, and what they decode to. They begin with a whole character if any does: bytes
+        that begin within one make some decoders give up every byte up to the next word.
+        """
+        shortest = tokens[-_CONTEXT:]
+        for length in range(_CONTEXT, _CONTEXT + _INCOMPLETE + 1):
+            context = tokens[-length:]
+            text = self._decode(context) if context else ""
+            if not text.startswith(_REPLACEMENT):
+                return context, text
+            if length >= len(tokens):
+                break
+        return shortest, self._decode(shortest)
