@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pagedcore.torch
 import pytest
 import torch
-from pagedcore import ops
+from pagedcore import _kernels, ops
 from pagedcore.errors import InvalidArgumentError
 from pagedcore.layout import KVCacheLayout
 
@@ -29,6 +32,46 @@ def make_call(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
         lengths,
         torch.tensor([0, 1, 4], dtype=torch.int32),
     )
+
+
+def described(signature: inspect.Signature) -> list[tuple[str, bool, bool]]:
+    """Each argument's name, whether it may be given by position, and whether it may be left out."""
+    return [(p.name, p.kind != p.KEYWORD_ONLY, p.default is not p.empty) for p in signature.parameters.values()]
+
+
+def described_stub(name: str) -> list[tuple[str, bool, bool]]:
+    stub = ast.parse(Path(pagedcore.torch.__file__).with_name("_kernels.pyi").read_text())
+    function = next(node for node in stub.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    arguments = function.args
+    required = len(arguments.args) - len(arguments.defaults)
+    by_position = [(a.arg, True, i >= required) for i, a in enumerate(arguments.args)]
+    return by_position + [
+        (a.arg, False, default is not None)
+        for a, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    ]
+
+
+def described_schema(name: str) -> list[tuple[str, bool, bool]]:
+    schema = getattr(torch.ops.pagedcore, name).default._schema  # torch has no public way
+    return [(a.name, not a.kwarg_only, a.has_default_value()) for a in schema.arguments]
+
+
+@pytest.mark.parametrize("name", ["reshape_and_cache", "paged_attention", "copy_blocks", "zero_blocks"])
+def test_arguments_are_the_same_everywhere(name: str) -> None:
+    """The signature as text, the stub and torch's schema; and what the kernel really takes."""
+    kernel = getattr(_kernels, name)
+    arguments = described(inspect.signature(kernel))
+    assert described_stub(name) == arguments
+    assert described_schema(name) == arguments
+    names, by_position = [a[0] for a in arguments], [a for a in arguments if a[1]]
+    required = [n for n, _, optional in arguments if not optional]
+    with pytest.raises(TypeError, match=rf"takes {len(by_position)} positional arguments"):
+        kernel(*names)
+    for missing in required:
+        with pytest.raises(TypeError, match=f"missing required argument: '{missing}'"):
+            kernel(**dict.fromkeys(n for n in names if n != missing))
+    with pytest.raises(TypeError, match=r"expected a tensor|not iterable"):  # the optional ones are
+        kernel(**dict.fromkeys(required))
 
 
 def test_opcheck_paged_attention() -> None:

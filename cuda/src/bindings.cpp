@@ -68,30 +68,45 @@ constexpr Signature kPagedAttention{
     "paged_attention",
     8,
     7,
-    16,
-    {"query", "k_cache", "v_cache", "block_table", "seq_lens", "query_start_loc", "out", "lse", "scale", "causal",
-     "window", "max_query_len", "max_seq_len", "block_table_rows", "split_size", "num_threads"}};
+    "query",
+    "k_cache",
+    "v_cache",
+    "block_table",
+    "seq_lens",
+    "query_start_loc",
+    "out",
+    "lse",
+    "scale",
+    "causal",
+    "window",
+    "max_query_len",
+    "max_seq_len",
+    "block_table_rows",
+    "split_size",
+    "num_threads",
+};
 
 bool given(PyObject* value) { return value && value != Py_None; }
 
-void paged_attention(PyObject* const* values) {
+void paged_attention(const Arguments<kPagedAttention.count>& arguments) {
+  const auto& [query, k_cache, v_cache, block_table, seq_lens, query_start_loc, out, lse, scale, causal, window,
+               max_query_len, max_seq_len, block_table_rows, split_size, num_threads] = arguments;
   // Scalars first: their conversion may run Python code, and tensors are only borrowed.
   AttentionParams p{};
-  const auto scale = optional_float("scale", values[8]);
-  p.causal = bool_or(true, "causal", values[9]);
-  if (const auto window = optional_int("window", values[10])) {
-    p.window = at_least(1, "window", *window);
+  const auto given_scale = optional_float("scale", scale);
+  p.causal = bool_or(true, "causal", causal);
+  if (const auto tokens = optional_int("window", window)) {
+    p.window = at_least(1, "window", *tokens);
     if (!p.causal) throw ArgumentError(Fault::unsupported, "window", "causal=True with a window", "causal=False");
   }
-  p.max_query_len = at_least(0, "max_query_len", optional_int("max_query_len", values[11]).value_or(INT64_MAX));
-  p.max_seq_len = at_least(0, "max_seq_len", optional_int("max_seq_len", values[12]).value_or(INT64_MAX));
-  const auto split_size = optional_int("split_size", values[14]);
-  if (split_size && *split_size < 0) refuse("split_size", "None, 0 or a number of tokens", std::to_string(*split_size));
-  const int threads = threads_of(values[15]);
+  p.max_query_len = at_least(0, "max_query_len", optional_int("max_query_len", max_query_len).value_or(INT64_MAX));
+  p.max_seq_len = at_least(0, "max_seq_len", optional_int("max_seq_len", max_seq_len).value_or(INT64_MAX));
+  const auto split = optional_int("split_size", split_size);
+  if (split && *split < 0) refuse("split_size", "None, 0 or a number of tokens", std::to_string(*split));
+  const int threads = threads_of(num_threads);
 
-  const Tensor q("query", values[0]), k("k_cache", values[1]), v("v_cache", values[2]), table("block_table", values[3]),
-      lens("seq_lens", values[4]), loc("query_start_loc", values[5]), o("out", values[6]);
-  PyObject *const lse = values[7], *const block_table_rows = values[13];
+  const Tensor q("query", query), k("k_cache", k_cache), v("v_cache", v_cache), table("block_table", block_table),
+      lens("seq_lens", seq_lens), loc("query_start_loc", query_start_loc), o("out", out);
   require_dtype(q, kFloats);
   require_same_dtype(k, q);
   require_same_dtype(v, q);
@@ -167,21 +182,22 @@ void paged_attention(PyObject* const* values) {
     p.lse = t.as<float>();
   }
 
-  const double factor = scale.value_or(1.0 / std::sqrt(static_cast<double>(p.head_dim)));
+  const double factor = given_scale.value_or(1.0 / std::sqrt(static_cast<double>(p.head_dim)));
   if (!std::isfinite(factor) || !std::isfinite(static_cast<float>(factor)))
     refuse("scale", "a finite float32", std::to_string(factor));
   p.scale = static_cast<float>(factor);
   require_isa();
-  without_gil([&] { cpu::paged_attention(p, split_size.value_or(-1), threads); });
+  without_gil([&] { cpu::paged_attention(p, split.value_or(-1), threads); });
 }
 
-constexpr Signature kReshapeAndCache{
-    "reshape_and_cache", 5, 5, 6, {"key", "value", "k_cache", "v_cache", "slot_mapping", "num_threads"}};
+constexpr Signature kReshapeAndCache{"reshape_and_cache", 5, 5, "key", "value", "k_cache", "v_cache", "slot_mapping",
+                                     "num_threads"};
 
-void reshape_and_cache(PyObject* const* values) {
-  const int threads = threads_of(values[5]);
-  const Tensor key("key", values[0]), value("value", values[1]), k("k_cache", values[2]), v("v_cache", values[3]),
-      slots("slot_mapping", values[4]);
+void reshape_and_cache(const Arguments<kReshapeAndCache.count>& arguments) {
+  const auto& [new_key, new_value, k_cache, v_cache, slot_mapping, num_threads] = arguments;
+  const int threads = threads_of(num_threads);
+  const Tensor key("key", new_key), value("value", new_value), k("k_cache", k_cache), v("v_cache", v_cache),
+      slots("slot_mapping", slot_mapping);
   require_dtype(key, kFloats);
   for (const Tensor* t : {&value, &k, &v}) require_same_dtype(*t, key);
   require_dtype(slots, {DType::i64});
@@ -260,12 +276,13 @@ struct BlockArgs {
   }
 };
 
-constexpr Signature kCopyBlocks{"copy_blocks", 2, 2, 3, {"caches", "pairs", "num_threads"}};
+constexpr Signature kCopyBlocks{"copy_blocks", 2, 2, "caches", "pairs", "num_threads"};
 
-void copy_blocks(PyObject* const* values) {
-  const int threads = threads_of(values[2]);
-  const BlockArgs blocks(values[0]);
-  const Tensor pairs("pairs", values[1]);
+void copy_blocks(const Arguments<kCopyBlocks.count>& arguments) {
+  const auto& [caches, src_dst, num_threads] = arguments;
+  const int threads = threads_of(num_threads);
+  const BlockArgs blocks(caches);
+  const Tensor pairs("pairs", src_dst);
   require_dtype(pairs, {DType::i32});
   Sizes sizes;
   sizes.match(pairs, {Axis::num_pairs, Axis::pair});
@@ -275,35 +292,38 @@ void copy_blocks(PyObject* const* values) {
   without_gil([&] { cpu::copy_blocks(blocks.regions, pairs.as<const int32_t>(), pairs.shape[0], threads); });
 }
 
-constexpr Signature kZeroBlocks{"zero_blocks", 2, 2, 3, {"caches", "blocks", "num_threads"}};
+constexpr Signature kZeroBlocks{"zero_blocks", 2, 2, "caches", "blocks", "num_threads"};
 
-void zero_blocks(PyObject* const* values) {
-  const int threads = threads_of(values[2]);
-  const BlockArgs blocks(values[0]);
-  const Tensor ids("blocks", values[1]);
+void zero_blocks(const Arguments<kZeroBlocks.count>& arguments) {
+  const auto& [caches, blocks, num_threads] = arguments;
+  const int threads = threads_of(num_threads);
+  const BlockArgs targets(caches);
+  const Tensor ids("blocks", blocks);
   require_dtype(ids, {DType::i32});
   Sizes sizes;
   sizes.match(ids, {Axis::count});
-  for (const Tensor& cache : blocks.tensors) require_disjoint(cache, {&ids});
-  without_gil([&] { cpu::zero_blocks(blocks.regions, ids.as<const int32_t>(), ids.shape[0], threads); });
+  for (const Tensor& cache : targets.tensors) require_disjoint(cache, {&ids});
+  without_gil([&] { cpu::zero_blocks(targets.regions, ids.as<const int32_t>(), ids.shape[0], threads); });
 }
 
-constexpr Signature kReadRange{"read_range", 1, 1, 2, {"tensor", "num_threads"}};
+constexpr Signature kReadRange{"read_range", 1, 1, "tensor", "num_threads"};
 
-void read_range(PyObject* const* values) {
-  const int threads = threads_of(values[1]);
-  const Tensor t("tensor", values[0]);
+void read_range(const Arguments<kReadRange.count>& arguments) {
+  const auto& [tensor, num_threads] = arguments;
+  const int threads = threads_of(num_threads);
+  const Tensor t("tensor", tensor);
   Sizes sizes;
   sizes.match(t, {Axis::elements});
   require_isa();
   without_gil([&] { cpu::read_range(t.data, t.shape[0] * t.element_size, threads); });
 }
 
-constexpr Signature kReadBlocks{"read_blocks", 2, 2, 3, {"tensor", "blocks", "num_threads"}};
+constexpr Signature kReadBlocks{"read_blocks", 2, 2, "tensor", "blocks", "num_threads"};
 
-void read_blocks(PyObject* const* values) {
-  const int threads = threads_of(values[2]);
-  const Tensor t("tensor", values[0]), ids("blocks", values[1]);
+void read_blocks(const Arguments<kReadBlocks.count>& arguments) {
+  const auto& [tensor, blocks, num_threads] = arguments;
+  const int threads = threads_of(num_threads);
+  const Tensor t("tensor", tensor), ids("blocks", blocks);
   require_dtype(ids, {DType::i32});
   Sizes sizes;
   sizes.match(t, {Axis::num_blocks, Axis::elements});

@@ -110,7 +110,8 @@ bool bool_or(bool absent, const char* name, PyObject* value) {
   if (value == Py_True || value == Py_False) return value == Py_True;
   const auto* number = Py_TYPE(value)->tp_as_number;
   const int truth = value != Py_None && number && number->nb_bool ? number->nb_bool(value) : -1;
-  if (truth < 0) wrong_scalar(name, "a bool", value);
+  if (truth < 0 || PyObject_RichCompareBool(value, truth ? Py_True : Py_False, Py_EQ) != 1)
+    wrong_scalar(name, "a bool", value);
   return truth != 0;
 }
 

@@ -4,6 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <cstdint>
 #include <exception>
 #include <optional>
@@ -22,10 +23,19 @@ struct Signature {
   int required;
   int count;
   const char* names[kMaxArguments];
+
+  template <class... Names>
+  constexpr Signature(const char* function, int positional, int required, Names... names)
+      : function(function), positional(positional), required(required), count(sizeof...(names)), names{names...} {}
 };
 
-// Sorts one vectorcall's arguments into `values`, null where one was not given. Throws a TypeError for a call that does
-// not fit, as Python words it.
+// One call's arguments in the order of their names, null where one was not given. Ops take them apart with a structured
+// binding that repeats the names, so that one too many or too few does not compile.
+template <int kCount>
+using Arguments = std::array<PyObject*, static_cast<size_t>(kCount)>;
+
+// Sorts one vectorcall's arguments into `values`, which are null before. Throws a TypeError for a call that does not
+// fit, as Python words it.
 void sort_arguments(const Signature& signature, PyObject* const* arguments, Py_ssize_t num_positional,
                     PyObject* keyword_names, PyObject** values);
 
@@ -33,11 +43,11 @@ void sort_arguments(const Signature& signature, PyObject* const* arguments, Py_s
 void set_python_error();
 
 // A METH_FASTCALL | METH_KEYWORDS function that returns None.
-template <const Signature& kSignature, void (*kFunction)(PyObject* const* values)>
+template <const Signature& kSignature, void (*kFunction)(const Arguments<kSignature.count>&)>
 PyObject* entry(PyObject*, PyObject* const* arguments, Py_ssize_t num_positional, PyObject* keyword_names) {
   try {
-    PyObject* values[Signature::kMaxArguments] = {};
-    sort_arguments(kSignature, arguments, num_positional, keyword_names, values);
+    Arguments<kSignature.count> values{};
+    sort_arguments(kSignature, arguments, num_positional, keyword_names, values.data());
     kFunction(values);
     Py_RETURN_NONE;
   } catch (...) {
@@ -50,7 +60,7 @@ PyObject* entry(PyObject*, PyObject* const* arguments, Py_ssize_t num_positional
 std::optional<int64_t> optional_int(const char* name, PyObject* value);
 // A float; what has __float__ or __index__ counts as one. Absent and None are nullopt.
 std::optional<double> optional_float(const char* name, PyObject* value);
-// A bool, or what NumPy or torch has for one.
+// A bool, or what equals one: NumPy's and torch's, 0 and 1.
 bool bool_or(bool absent, const char* name, PyObject* value);
 
 // Takes the GIL back. Where the interpreter is shutting down, this thread stays here for good.
