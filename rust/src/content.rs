@@ -15,6 +15,10 @@ use crate::error::{Error, Expected, Result};
 pub const MAX_KEY_BYTES: usize = 256;
 /// Contents at one position. Each block carries those that it overlaps.
 pub const MAX_CONTENT_DEPTH: usize = 16;
+const _: () = assert!(
+    MAX_KEY_BYTES == 256 && MAX_CONTENT_DEPTH == 16,
+    "the messages below name both"
+);
 
 /// Positions `start..stop` stand for the content known as `key`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -72,8 +72,6 @@ pub enum StepProblem {
     NotBegun,
     /// It is complete already.
     AlreadyComplete,
-    /// Another step is due first.
-    OutOfOrder,
 }
 
 impl fmt::Display for StepProblem {
@@ -81,7 +79,6 @@ impl fmt::Display for StepProblem {
         f.write_str(match self {
             Self::NotBegun => "has not begun",
             Self::AlreadyComplete => "is complete already",
-            Self::OutOfOrder => "is out of order",
         })
     }
 }
@@ -163,7 +160,7 @@ pub enum Error {
     Step {
         /// The step named by the caller.
         step: Step,
-        /// The newest step begun (not begun), the oldest in flight (already complete), or the one that is due.
+        /// The newest step begun (not begun), or the one before which all are complete (already complete).
         expected: Step,
         /// What is wrong with it.
         problem: StepProblem,
@@ -172,7 +169,8 @@ pub enum Error {
     ForeignStep,
     /// The core was closed.
     Closed,
-    /// An invariant does not hold: a bug in pagedcore, or the caller gave back or committed blocks that were somebody else's.
+    /// An invariant does not hold: a bug in pagedcore, or the caller gave back or committed blocks that were somebody
+    /// else's.
     Corruption {
         /// The broken invariant's name, as the documentation lists it ("A3").
         invariant: &'static str,
@@ -214,7 +212,7 @@ impl Error {
             Self::ForeignStep => "a step begins in schedule() and is complete after update() or cancel()",
             Self::Closed => "create a new one",
             Self::Corruption { .. } => {
-                "unless blocks of others were released or committed, this is a bug in pagedcore: please report what led here"
+                "unless blocks of others were released or committed, this is a bug: please report what led here"
             }
             Self::ForkedProcess => "create it in the process that uses it, or start processes with the 'spawn' method",
         }
@@ -321,10 +319,7 @@ impl fmt::Display for Error {
                 write!(f, "step {step} {problem}")?;
                 match problem {
                     StepProblem::NotBegun => write!(f, " (the newest is {expected})"),
-                    StepProblem::AlreadyComplete => {
-                        write!(f, " (the oldest in flight is {expected})")
-                    }
-                    StepProblem::OutOfOrder => write!(f, " (step {expected} is due)"),
+                    StepProblem::AlreadyComplete => write!(f, " (so are all before {expected})"),
                 }
             }
             Self::ForeignStep => f.write_str("the steps of this pool are numbered by its scheduler"),
@@ -446,9 +441,8 @@ mod tests {
             (step(StepProblem::NotBegun), "step 3 has not begun (the newest is 2)"),
             (
                 step(StepProblem::AlreadyComplete),
-                "step 3 is complete already (the oldest in flight is 2)",
+                "step 3 is complete already (so are all before 2)",
             ),
-            (step(StepProblem::OutOfOrder), "step 3 is out of order (step 2 is due)"),
             (
                 Error::ForeignStep,
                 "the steps of this pool are numbered by its scheduler",

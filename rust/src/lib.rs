@@ -28,7 +28,7 @@ mod tokens;
 mod trie;
 mod zeroing;
 
-pub use content::{ContentKey, ContentKeys};
+pub use content::{ContentKey, ContentKeys, MAX_CONTENT_DEPTH, MAX_KEY_BYTES};
 pub use error::{BlockProblem, Error, Expected, Result, StepProblem};
 pub use ids::{BlockId, HandleKind, NamespaceHandle, NodeHandle, NodeId, SeqHandle, Step};
 pub use manager::{KVCacheManager, KVGroup, MAX_FORKS, ManagerConfig, ManagerStats};

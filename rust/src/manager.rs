@@ -220,8 +220,8 @@ impl KVCacheManager {
     }
 
     /// Keeps the first `num_tokens` tokens. Blocks beyond them are released with fence `after_step` (see
-    /// [`BlockPool::release`]), those for lookahead too. Returns the length of the table, which is where it changed if it did.
-    /// O(blocks dropped).
+    /// [`BlockPool::release`]), those for lookahead too. Returns the length of the table, which is where it changed if
+    /// it did. O(blocks dropped).
     ///
     /// # Errors
     /// [`Error::StaleHandle`]; [`Error::InvalidArgument`] for 0 or more tokens than there are; [`Error::Step`] for a
@@ -257,8 +257,8 @@ impl KVCacheManager {
     /// O(n · blocks).
     ///
     /// # Errors
-    /// [`Error::StaleHandle`]; [`Error::InvalidArgument`] unless 1 ≤ n ≤ [`MAX_FORKS`] (fewer where the tables would take
-    /// more than 1 GiB), or where there is no memory for the tables; [`Error::Block`] if a block would have 2³²
+    /// [`Error::StaleHandle`]; [`Error::InvalidArgument`] unless 1 ≤ n ≤ [`MAX_FORKS`] (fewer where the tables would
+    /// take more than 1 GiB), or where there is no memory for the tables; [`Error::Block`] if a block would have 2³²
     /// references. On error nothing changes.
     pub fn fork(&mut self, seq: SeqHandle, n: usize) -> Result<Vec<SeqHandle>> {
         let parent = self.sequences.get(seq)?;

@@ -49,7 +49,7 @@ pub struct CacheStats {
     pub num_evictable: usize,
     /// Living namespaces.
     pub num_namespaces: usize,
-    /// Calls of `acquire`.
+    /// Prefixes looked up to be taken: by `acquire`, or by a sequence that was added or resumed.
     pub lookups: u64,
     /// Tokens asked for by them.
     pub lookup_tokens: u64,
@@ -147,8 +147,8 @@ impl PrefixCache {
     }
 
     /// Drops one handle of a namespace. Its blocks stay findable, unless `purge`: then none of them can be found
-    /// from now on (see [`reset`](Self::reset)). Without handles, sequences and blocks the namespace vanishes, and the handle is
-    /// stale. O(1), with `purge` O(nodes). Returns how many blocks were withdrawn.
+    /// from now on (see [`reset`](Self::reset)). Without handles, sequences and blocks the namespace vanishes, and the
+    /// handle is stale. O(1), with `purge` O(nodes). Returns how many blocks were withdrawn.
     ///
     /// # Errors
     /// [`Error::StaleHandle`] if it was dropped as often as it was asked for, or the namespace has vanished. On error

@@ -2,11 +2,11 @@
 //!
 //! A node stands for one full block of tokens after everything above it. It is found by (parent, the block's tokens,
 //! the content in it): one hash table over all nodes narrows the search, and the tokens are compared, so that two
-//! different prompts never meet. The table is an array of chain heads with links both ways in the nodes: no tombstones, no
-//! pause to grow, removal without a walk, and as zeroed pages it costs nothing until used.
+//! different prompts never meet. The table is an array of chain heads with links both ways in the nodes: no tombstones,
+//! no pause to grow, removal without a walk, and as zeroed pages it costs nothing until used.
 //!
-//! A run of blocks is committed at once and gets neighbouring places, so the node after the parent's is tried before the
-//! table: following a long prefix reads memory in order, and hashes nothing.
+//! A run of blocks is committed at once and gets neighbouring places, so the node after the parent's is tried before
+//! the table: following a long prefix reads memory in order, and hashes nothing.
 //!
 //! A node is *pinned* while its block is (somebody holds it, or a step in flight reads it), or a child is pinned.
 //! [`Trie::pin`] and [`Trie::unpin`] count those reasons and pass the change on to the parent, so that the eviction
@@ -238,8 +238,8 @@ impl Trie {
             self.free = self.nodes[id.index()].chain;
             return id;
         }
-        // Fewer than 2³¹ nodes exist, as many as blocks, and a place retires after 2³² of them; the first place is the one
-        // that 0 stands for.
+        // Fewer than 2³¹ nodes exist, as many as blocks, and a place retires after 2³² of them; the first place is the
+        // one that 0 stands for.
         #[allow(clippy::cast_possible_truncation)]
         let index = self.nodes.len() as u32;
         self.nodes.push(Node::default());
@@ -335,7 +335,8 @@ impl Trie {
         let broken = |invariant, what, at: NodeId, found: usize, expected: usize| {
             Err(Error::corruption(invariant, what, at.get(), found, expected))
         };
-        // Reasons against eviction, counted afresh: the block's own, then children, each of which counts once if pinned.
+        // Reasons against eviction, counted afresh: the block's own, then children, each of which counts once if
+        // pinned.
         let mut pins = vec![0_u32; self.nodes.len()];
         for id in self.iter() {
             pins[id.index()] += u32::from(pinned(self.block(id)));

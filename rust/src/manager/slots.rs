@@ -68,9 +68,9 @@ impl KVCacheManager {
         fresh.extend(orphans);
         self.scratch = fresh;
         let mut first_changed = before;
-        // From the end. A source among the entries whose pair was just cancelled looks shared, as the pair's reference goes
-        // back below. Only the first entry can be one: a fork shares computed positions alone. So its turn comes when all
-        // replacements are used.
+        // From the end. A source among the entries whose pair was just cancelled looks shared, as the pair's reference
+        // goes back below. Only the first entry can be one: a fork shares computed positions alone. So its turn comes
+        // when all replacements are used.
         for index in (plan.first..plan.existing).rev() {
             let old = sequence.table[index];
             if Self::is_private(&self.pool, &self.copies, old) {

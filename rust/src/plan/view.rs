@@ -50,9 +50,13 @@ impl<'a> StepPlan<'a> {
         Self { header, words }
     }
 
-    /// Reads a plan out of `buffer`, which may be longer than the plan. O(plan): checks every shape and offset, and
-    /// every value that indexes something else: token ranges, positions, sequence lengths, sample rows, slots, and
-    /// the blocks of the table against the slots that are written through it.
+    /// Reads a plan out of `buffer`, which may be longer than the plan. O(plan).
+    ///
+    /// Every shape and offset is checked, and every value that indexes something inside the plan: token ranges,
+    /// positions, sequence lengths, logits, and slots against the table that they are written through. What indexes
+    /// something outside is only known not to be negative, as a plan does not say how much there is: blocks and slots
+    /// may lie beyond the reader's pool, `rows`, `sample_seqs` and `table_updates` beyond its rows, `input_sources`
+    /// beyond the samples of the plan before, and token ids beyond its vocabulary.
     ///
     /// # Errors
     /// `InvalidArgument` if the buffer is not aligned to 8 bytes, is truncated, is not a plan of this format, or a

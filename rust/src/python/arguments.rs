@@ -8,8 +8,8 @@ use pyo3::types::{PyBool, PyInt, PyList, PyString, PyTuple};
 
 use super::errors::{self, Class};
 
-/// An argument that has a default: absent, or what the caller gave, `None` included. (With `Option` a caller's `None` would
-/// pass for the default.)
+/// An argument that has a default: absent, or what the caller gave, `None` included. (With `Option` a caller's `None`
+/// would pass for the default.)
 pub struct Arg<'py>(pub Option<Bound<'py, PyAny>>);
 
 impl<'py> FromPyObject<'_, 'py> for Arg<'py> {

@@ -74,7 +74,8 @@ pub fn block_ids(obj: &Bound<'_, PyAny>, argument: &str, num_blocks: usize) -> P
     }))
 }
 
-/// Sampled token ids: int32 numbers of any sign, for the core to judge, as those of sequences that ended may be anything.
+/// Sampled token ids: int32 numbers of any sign, for the core to judge, as those of sequences that ended may be
+/// anything.
 pub fn samples(obj: &Bound<'_, PyAny>, argument: &str) -> PyResult<Vec<i32>> {
     int32s(obj, argument, Class::TokenOutOfRange, "token")
 }

@@ -1,14 +1,63 @@
-//! `SchedulerConfig` in Python.
+//! What levels are made from, in Python: `KVGroup`, `SchedulerConfig`.
 
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
 
+use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 
-use super::arguments::{self, Arg};
+use super::arguments::{self, Arg, items, type_name};
 use super::errors;
-use crate::scheduler;
+use crate::{manager, scheduler};
+
+/// Layers that share a block table.
+///
+/// Args:
+///     window: the attention window in tokens; None is full attention.
+#[pyclass(frozen, eq, hash, module = "pagedcore", name = "KVGroup")]
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct KVGroup {
+    /// The attention window in tokens; None is full attention.
+    #[pyo3(get)]
+    window: Option<u32>,
+}
+
+#[pymethods]
+impl KVGroup {
+    #[new]
+    #[pyo3(signature = (window = None))]
+    fn new(window: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
+        Ok(Self {
+            window: arguments::optional(window, |w| arguments::count(w, "window", 1))?,
+        })
+    }
+
+    /// What pickle makes an equal one from.
+    fn __getnewargs__(&self) -> (Option<u32>,) {
+        (self.window,)
+    }
+
+    fn __repr__(&self) -> String {
+        self.window
+            .map_or_else(|| "KVGroup()".to_owned(), |window| format!("KVGroup(window={window})"))
+    }
+}
+
+/// `groups`: a tuple or list of `KVGroup`.
+pub fn read_groups(groups: &Bound<'_, PyAny>) -> PyResult<Vec<manager::KVGroup>> {
+    items(groups, "groups", "of KVGroup")?
+        .iter()
+        .enumerate()
+        .map(|(i, group)| {
+            let wrong = || PyTypeError::new_err(format!("groups[{i}] must be a KVGroup, not {}", type_name(group)));
+            let group = group.cast::<KVGroup>().map_err(|_| wrong())?;
+            Ok(manager::KVGroup {
+                window: group.get().window,
+            })
+        })
+        .collect()
+}
 
 /// Sizes and limits of a `Scheduler`. All arguments are keywords; each is checked here, by name.
 ///

@@ -102,7 +102,8 @@ impl From<Raise<'_>> for PyErr {
     }
 }
 
-/// The exception for an error of the core: its message, its hint, its numbers under the names that `errors.py` documents.
+/// The exception for an error of the core: its message, its hint, its numbers under the names that `errors.py`
+/// documents.
 pub fn from_core(py: Python<'_>, error: &Error) -> PyErr {
     let raise = |class| {
         let raise = new(py, class, error.to_string());

@@ -1,12 +1,12 @@
-//! Level 2 in Python: `KVCacheManager`, `KVGroup`.
+//! Level 2 in Python: `KVCacheManager`.
 
 use std::sync::Arc;
 
-use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 
-use super::arguments::{self, Arg, items, type_name};
+use super::arguments::{self, Arg};
+use super::config::read_groups;
 use super::core::Core;
 use super::errors;
 use super::numpy::{NewIds, Out};
@@ -16,41 +16,8 @@ use super::shared::{Handle, Shared};
 use super::{arrays, numpy};
 use crate::error::Result;
 use crate::ids::SeqHandle;
-use crate::manager::{self, KVCacheManager as Manager, ManagerConfig};
+use crate::manager::{KVCacheManager as Manager, ManagerConfig};
 use crate::tokens::Vocabulary;
-
-/// Layers that share a block table.
-///
-/// Args:
-///     window: the attention window in tokens; None is full attention.
-#[pyclass(frozen, eq, hash, module = "pagedcore", name = "KVGroup")]
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-pub struct KVGroup {
-    /// The attention window in tokens; None is full attention.
-    #[pyo3(get)]
-    window: Option<u32>,
-}
-
-#[pymethods]
-impl KVGroup {
-    #[new]
-    #[pyo3(signature = (window = None))]
-    fn new(window: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
-        Ok(Self {
-            window: arguments::optional(window, |w| arguments::count(w, "window", 1))?,
-        })
-    }
-
-    /// What pickle makes an equal one from.
-    fn __getnewargs__(&self) -> (Option<u32>,) {
-        (self.window,)
-    }
-
-    fn __repr__(&self) -> String {
-        self.window
-            .map_or_else(|| "KVGroup()".to_owned(), |window| format!("KVGroup(window={window})"))
-    }
-}
 
 /// Sequences over one pool: their tokens, how many are computed, and the blocks that hold keys and values.
 ///
@@ -138,8 +105,8 @@ impl KVCacheManager {
         self.core.call_weighed(py, size, |core| f(core.manager_of(seq)?))
     }
 
-    /// Takes what is to be done before a step, at most `count` entries, and the array for it, which comes first: what was
-    /// taken could not be put back.
+    /// Takes what is to be done before a step, at most `count` entries, and the array for it, which comes first: what
+    /// was taken could not be put back.
     fn take<'py, R: Send>(
         &self,
         py: Python<'py>,
@@ -339,7 +306,8 @@ impl KVCacheManager {
     /// Where the cache has an equal block the table takes that one (`merge_blocks`). O(blocks that became full).
     ///
     /// Args:
-    ///     num_computed_tokens: counted from the sequence's start; at least what it was, at most its tokens and its slots.
+    ///     num_computed_tokens: counted from the sequence's start; at least what it was, at most its tokens and its
+    ///     slots.
     ///
     /// Returns:
     ///     the first table entry that changed; the table's length if none did.
@@ -481,7 +449,8 @@ impl KVCacheManager {
 
     /// Takes the pending copies as int32[n, 2]: (src, dst) blocks. Zero first, then copy, then write. O(n).
     ///
-    /// The sources are held until the newest step begun is complete; with none in flight, run them before the next call.
+    /// The sources are held until the newest step begun is complete; with none in flight, run them before the next
+    /// call.
     #[pyo3(signature = (group = Arg(None)), text_signature = "($self, group=0)")]
     fn take_block_copies<'py>(&self, py: Python<'py>, group: Arg<'py>) -> PyResult<Bound<'py, PyAny>> {
         let group = group.or(0, |g| arguments::size(g, "group"))?;
@@ -491,7 +460,8 @@ impl KVCacheManager {
         out.fill(pairs.len(), pairs.iter().flat_map(|(src, dst)| [src.0, dst.0]))
     }
 
-    /// Takes the blocks that came from another tenant, as int32: zero them before the copies and writes of a step. O(n).
+    /// Takes the blocks that came from another tenant, as int32: zero them before the copies and writes of a step.
+    /// O(n).
     fn take_blocks_to_zero<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let count = |m: &Manager| m.num_blocks_to_zero();
         let out = |room| NewIds::new(py, room);
@@ -561,18 +531,4 @@ impl KVCacheManager {
 
 fn sequence(seq: &Bound<'_, PyAny>) -> PyResult<SeqHandle> {
     arguments::handle(seq, "seq", "sequence").map(SeqHandle)
-}
-
-fn read_groups(groups: &Bound<'_, PyAny>) -> PyResult<Vec<manager::KVGroup>> {
-    items(groups, "groups", "of KVGroup")?
-        .iter()
-        .enumerate()
-        .map(|(i, group)| {
-            let wrong = || PyTypeError::new_err(format!("groups[{i}] must be a KVGroup, not {}", type_name(group)));
-            let group = group.cast::<KVGroup>().map_err(|_| wrong())?;
-            Ok(manager::KVGroup {
-                window: group.get().window,
-            })
-        })
-        .collect()
 }

@@ -40,7 +40,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<prefix::PrefixCache>()?;
     module.add_class::<prefix::PrefixHit>()?;
     module.add_class::<prefix::Commit>()?;
-    module.add_class::<manager::KVGroup>()?;
+    module.add_class::<config::KVGroup>()?;
     module.add_class::<manager::KVCacheManager>()?;
     module.add_class::<config::SchedulerConfig>()?;
     module.add_class::<scheduler::Scheduler>()?;

@@ -1,5 +1,5 @@
-//! `NumPy` arrays out, and the views of plans. `NumPy` is imported by the first call that needs an array: `import pagedcore` is
-//! not slowed by it.
+//! `NumPy` arrays out, and the views of plans. `NumPy` is imported by the first call that needs an array: importing
+//! pagedcore is not slowed by it.
 
 use pyo3::buffer::{ElementType, PyBuffer, PyUntypedBuffer};
 use pyo3::exceptions::PyTypeError;
@@ -13,8 +13,9 @@ use super::errors;
 use crate::ids::BlockId;
 use crate::plan::{Array, ArrayInfo, DType};
 
-/// An int32 array to be, of ids. It is made before the call that changes the core, with room for all that can come of it: what
-/// can fail for want of `NumPy` or of memory has then failed before anything changes. (A view takes some bytes only.)
+/// An int32 array to be, of ids. It is made before the call that changes the core, with room for all that can come of
+/// it: what can fail for want of `NumPy` or of memory has then failed before anything changes. (A view takes some bytes
+/// only.)
 pub struct NewIds<'py> {
     array: Bound<'py, PyAny>,
     room: usize,

@@ -33,8 +33,8 @@ struct PlanMemory {
 
 #[pymethods]
 impl PlanMemory {
-    /// NumPy's array interface: writable bytes, as torch takes no others without a warning. What a server writes there is
-    /// seen by nobody but the server; lines of the block table are kept between steps, though.
+    /// NumPy's array interface: writable bytes, as torch takes no others without a warning. What a server writes there
+    /// is seen by nobody but the server; lines of the block table are kept between steps, though.
     #[getter]
     fn __array_interface__<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let interface = PyDict::new(py);
@@ -207,7 +207,11 @@ impl StepPlan {
 
 #[pymethods]
 impl StepPlan {
-    /// Reads a plan out of another process's `plan.buffer`, and checks every shape, offset and index in it. O(plan).
+    /// Reads a plan out of another process's `plan.buffer`. O(plan).
+    ///
+    /// Every shape, offset and index inside the plan is checked. What indexes something outside is only known not to be
+    /// negative: the reader sees to it that blocks and slots are in its pool, `rows`, `sample_seqs` and `table_updates`
+    /// in its tables, `input_sources` in the samples before, and `input_ids` in its vocabulary.
     ///
     /// The plan has a copy of the bytes. `request_ids`, `started` and `preempted` stay with the scheduler.
     ///
@@ -215,7 +219,8 @@ impl StepPlan {
     ///     buf: bytes or a contiguous uint8 buffer; it may be longer than the plan.
     ///
     /// Raises:
-    ///     InvalidArgumentError: it is not a whole plan of this format and byte order, or an index in it is out of range.
+    ///     InvalidArgumentError: it is not a whole plan of this format and byte order, or an index in it is out of
+    ///     range.
     #[staticmethod]
     fn from_buffer(buf: &Bound<'_, PyAny>) -> PyResult<Self> {
         let py = buf.py();
@@ -365,8 +370,8 @@ impl StepPlan {
 
     /// int32[S, W], rows strided: the blocks of each sequence, 0 after its last one.
     ///
-    /// Read only what is in it, or copy it first: lines are kept from step to step, and an entry that is overwritten here
-    /// (or through `buffer`) is told wrongly by later plans until it changes.
+    /// Read only what is in it, or copy it first: lines are kept from step to step, and an entry that is overwritten
+    /// here (or through `buffer`) is told wrongly by later plans until it changes.
     #[getter]
     fn block_table<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         self.array(py, Array::BlockTable)

@@ -4,10 +4,10 @@
 //!
 //! # Lock order
 //! The lock is never held while waiting for the interpreter:
-//! - A short call (it touches fewer than `LONG` blocks, nodes or tokens) keeps the interpreter attached if the lock is free
-//!   at once, and detaches while it waits otherwise.
-//! - A long call detaches first, then locks, and unlocks before it attaches again. Where the arguments do not tell which of
-//!   the two a call is (a step's, one about a whole sequence), a short look at the core under the lock does.
+//! - A short call (it touches fewer than `LONG` blocks, nodes or tokens) keeps the interpreter attached if the lock is
+//!   free at once, and detaches while it waits otherwise.
+//! - A long call detaches first, then locks, and unlocks before it attaches again. Where the arguments do not tell
+//!   which of the two a call is (a step's, one about a whole sequence), a short look at the core under the lock does.
 //! - No Python code runs under the lock: closures get plain values and return plain values; arguments are read
 //!   before, results are built after. So a finaliser, a signal handler or `__index__` that calls back finds it free.
 //!
@@ -17,9 +17,9 @@
 //! middle of another thread's call: its calls raise `ForkedProcessError` before they touch the lock.
 //!
 //! # Closing
-//! `close()` of any object takes the core from all that share it: their later calls raise `ClosedError`, those of a damaged
-//! core too. `closed` is true before the first of them is refused. Memory that NumPy arrays may still show, which is that of
-//! a scheduler's plans, is kept until they are gone.
+//! `close()` of any object takes the core from all that share it: their later calls raise `ClosedError`, those of a
+//! damaged core too. `closed` is true before the first of them is refused. Memory that NumPy arrays may still show,
+//! which is that of a scheduler's plans, is kept until they are gone.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -32,8 +32,8 @@ use crate::error::{Error, Result};
 use crate::guarded::{Damaged, Guarded};
 use crate::plan::PlanBuffer;
 
-/// Elements from which on a call is long (some 10 µs). Detaching for less would be slower, and with other Python threads
-/// running much slower: attaching again waits for them to give way.
+/// Elements from which on a call is long (some 10 µs). Detaching for less would be slower, and with other Python
+/// threads running much slower: attaching again waits for them to give way.
 const LONG: usize = 2048;
 
 /// How often this process was forked off; raised in each child. A core remembers the value of its birth.

@@ -50,6 +50,8 @@ pub(crate) struct Row {
     pub announced: bool,
 }
 
+const _: () = assert!(size_of::<Row>() == 64, "a row is one cache line");
+
 /// Not a token: ids are below 2³¹.
 pub(crate) const NO_TOKEN: u32 = u32::MAX;
 

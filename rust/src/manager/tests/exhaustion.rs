@@ -1,9 +1,11 @@
-//! All or nothing: every operation, with every number of blocks that can be had, and at the limit of references.
+//! All or nothing, with every number of blocks that can be had, and at the limit of references: every operation that
+//! takes blocks or adds references, and those that give some up. (What a scheduler takes and puts back is in its own
+//! tests.)
 //!
-//! An operation that takes blocks is run with 0, 1, … up to one block more than it needs, free ones or cached ones. With too
-//! few it has to say both numbers and leave the whole state as it was; with enough it has to succeed. An operation that
-//! takes none has to succeed with nothing left at all. An operation that adds references is run on blocks that have room
-//! for 0, 1, … up to as many as it adds.
+//! An operation that takes blocks is run with 0, 1, … up to one block more than it needs, free ones or cached ones.
+//! With too few it has to say both numbers and leave the whole state as it was; with enough it has to succeed. An
+//! operation that takes none has to succeed with nothing left at all. An operation that adds references is run on
+//! blocks that have room for 0, 1, … up to as many as it adds.
 
 use super::*;
 use crate::error::Result;
@@ -204,6 +206,43 @@ fn cases() -> Vec<Case> {
             references: Some((|m, seqs| m.table(seqs[0]).unwrap().to_vec(), 1)),
             ..takes(0, "a merge", twins, |m, seqs| m.commit(seqs[1], 12).map(drop))
         },
+        Case {
+            references: Some((|m, seqs| m.table(seqs[0]).unwrap().to_vec(), 1)),
+            ..takes(
+                0,
+                "a merge by hand",
+                |m| {
+                    // One reference more to each of the second's blocks, which is the one that is moved.
+                    let both = twins(m);
+                    let blocks = m.table(both[1]).unwrap().to_vec();
+                    m.parts_mut().0.retain(&blocks).unwrap();
+                    both
+                },
+                |m, seqs| {
+                    let blocks = m.table(seqs[1])?.to_vec();
+                    let (pool, cache) = m.parts_mut();
+                    let ns = cache.namespace(NamespaceKey::default());
+                    let none = ContentKeys::default();
+                    let commit = cache.commit(pool, &tokens(0..12), &blocks, ns, None, None, &none);
+                    let dropped = cache.drop_namespace(pool, ns, false);
+                    commit.map(drop).and(dropped.map(drop))
+                },
+            )
+        },
+        takes(0, "blocks to zero", shared, |m, _| {
+            m.take_blocks_to_zero();
+            Ok(())
+        }),
+        takes(0, "an eviction", shared, |m, _| {
+            let (pool, cache) = m.parts_mut();
+            cache.evict(pool, 2);
+            Ok(())
+        }),
+        takes(0, "a reset", shared, |m, _| {
+            let (pool, cache) = m.parts_mut();
+            cache.reset(pool);
+            Ok(())
+        }),
         refers::<3>(1, "blocks held by others", shared, |m, seqs| {
             let blocks = m.table(seqs[0])?.to_vec();
             m.parts_mut().0.retain(&blocks)
