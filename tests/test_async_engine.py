@@ -152,6 +152,40 @@ def test_bad_requests_reach_who_made_them(loaded):
     run(scenario, loaded)
 
 
+def test_ids_that_callers_chose(loaded):
+    """Made-up ids pass over those in use."""
+
+    async def scenario(engine):
+        chosen = [asyncio.create_task(tokens_of(engine, [5, 6], LONG, request_id=f"async-{i}")) for i in (0, 1, 3)]
+        await until(engine, lambda stats: stats.running == 3)
+        for expected in ("async-2", "async-4"):
+            async for output in engine.generate([5], SamplingParams(max_tokens=2, ignore_eos=True)):
+                assert output.request_id == expected
+        assert not any(task.done() for task in chosen)
+        for task in chosen:
+            task.cancel()
+
+    run(scenario, loaded)
+
+
+def test_a_loop_that_was_closed(loaded):
+    """Nobody can read the answers of its tasks any more: they are not computed to their end."""
+
+    async def others(engine):
+        await until(engine, lambda stats: stats.running == stats.blocks_used == 0)
+        tokens = (await engine.stats()).sampled_tokens
+        assert len(await tokens_of(engine, [5], SamplingParams(max_tokens=3, ignore_eos=True))) == 3
+        await engine.close()
+        return tokens
+
+    engine = AsyncEngine(loaded, **OPTIONS)
+    closed = asyncio.new_event_loop()
+    stream = engine.generate([5, 6, 7], LONG)
+    assert closed.run_until_complete(anext(stream)).outputs[0].num_tokens == 1
+    closed.close()
+    assert asyncio.run(asyncio.wait_for(others(engine), 120)) < LONG.max_tokens
+
+
 def test_close(loaded):
     async def main():
         engine = AsyncEngine(loaded, **OPTIONS)

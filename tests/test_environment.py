@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
-from pagedcore.environment import ControlGroup, available_memory, control_groups, total_memory
+from pagedcore.environment import ControlGroup, available_memory, check, control_groups, total_memory
+from pagedcore.errors import InvalidArgumentError
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def write(directory, limit, used, stat):
@@ -44,6 +50,21 @@ def test_no_limits(tmp_path):
     assert control_groups(tmp_path, "0::/a\n") == []
     assert control_groups(tmp_path, "") == []
     assert ControlGroup(10, 20, 3).room == 0
+
+
+def test_what_tests_read_is_let_through():
+    """Who replays a failure with the seed it printed gets the other tests as ever, also those of the command line."""
+    read = re.compile(r"""(?:environ(?:\.get\(|\[)|number\()\s*"(PAGEDCORE_\w+)""")
+    sources = [*ROOT.glob("tests/**/*.py"), *ROOT.glob("rust/tests/**/*.rs"), *ROOT.glob("bench/*.py")]
+    names = {name for source in sources for name in read.findall(source.read_text(encoding="utf-8"))}
+    assert {"PAGEDCORE_TEST_SEED", "PAGEDCORE_SIM_SEED"} <= names
+    assert check(dict.fromkeys(names, "7")) == {}
+
+
+def test_a_name_that_nobody_reads():
+    with pytest.raises(InvalidArgumentError, match="unknown environment variable PAGEDCORE_TEST_SEDE") as caught:
+        check({"PAGEDCORE_TEST_SEDE": "7"})
+    assert "PAGEDCORE_CPU_ISA" in caught.value.hint
 
 
 def test_this_machine():

@@ -70,6 +70,14 @@ class TestTokenIds:
             assert output.finished
             assert 0 < output.metrics.queue_time <= output.metrics.time_to_first_token <= output.metrics.finished_time
 
+    def test_an_output_does_not_change_after_it_was_given_out(self, llm):
+        llm.engine.add_request("a", [5, 6, 7], SamplingParams(max_tokens=5, ignore_eos=True))
+        outputs = []
+        while llm.engine.has_unfinished:
+            outputs += llm.engine.step()
+        assert [output.metrics.finished_time is None for output in outputs] == [True] * 4 + [False]
+        assert [output.outputs[0].num_tokens for output in outputs] == [1, 2, 3, 4, 5]
+
     def test_stop_tokens(self, llm):
         full = llm.generate([5, 6, 7], SamplingParams(max_tokens=10, ignore_eos=True))[0].outputs[0]
         stop = full.token_ids[4]

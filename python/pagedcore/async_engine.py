@@ -49,7 +49,8 @@ class AsyncEngine:
 
     def __init__(self, model: str | os.PathLike[str] | LoadedModel, **options: Any) -> None:
         self._engine = Engine(model, **options)
-        self._ids = itertools.count()
+        ids = map("async-{}".format, itertools.count())
+        self._free_ids = itertools.filterfalse(self._engine.in_use, ids)  # an id may be the choice of a caller
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # None: close
         self._streams: dict[str, _Stream] = {}  # the thread's
         self._closed = False
@@ -74,20 +75,19 @@ class AsyncEngine:
         A consumer that is slower than the engine gets what has come meanwhile one output after another, none lost.
         The request is aborted if the generator is closed, or the task that waits for it cancelled. Raises as
         `Engine.add_request` does, and ClosedError if the engine is closed before the answer is complete.
+
+        Without a ``request_id`` it gets one that is free. A prompt that is text is tokenised between two steps, as
+        tokenizers are not made for two threads at a time; where that takes too long, give token ids.
         """
         if request_id is not None:
             check_request_id(request_id)
         stream = _Stream(asyncio.get_running_loop())
-        name = f"async-{next(self._ids)}" if request_id is None else request_id
 
         def add() -> None:
+            name = next(self._free_ids) if request_id is None else request_id
             self._engine.add_request(name, prompt, params, priority=priority, tenant=tenant, cache_salt=cache_salt)
+            stream.request_id = name
             self._streams[name] = stream
-
-        def drop() -> None:
-            if self._streams.get(name) is stream:  # else it has ended, and the id may be somebody else's
-                del self._streams[name]
-                self._engine.discard(name)
 
         added = self._submit(add)
         try:
@@ -101,7 +101,7 @@ class AsyncEngine:
                 if output.finished:
                     return
         finally:
-            self._calls.put(drop)  # without waiting: a generator that is being closed cannot
+            self._calls.put(lambda: self._drop(stream))  # without waiting: a generator that is being closed cannot
 
     async def abort(self, request_id: str) -> None:
         """Ends a request; whoever iterates over it gets its final output. Raises UnknownRequestError."""
@@ -212,7 +212,14 @@ class AsyncEngine:
         for _, output in wanted:
             if output.finished:
                 del streams[output.request_id]
-        _hand_over(wanted)
+        for stream in _hand_over(wanted):
+            self._drop(stream)
+
+    def _drop(self, stream: _Stream) -> None:
+        """Ends the request of a stream that nobody reads any more."""
+        if self._streams.get(stream.request_id) is stream:  # else it has ended, and the id may be somebody else's
+            del self._streams[stream.request_id]
+            self._engine.discard(stream.request_id)
 
 
 class _Stream:
@@ -220,17 +227,24 @@ class _Stream:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
+        self.request_id = ""  # once it is added
         self.outputs: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
 
 
-def _hand_over(items: Sequence[tuple[_Stream, RequestOutput | Exception]]) -> None:
-    """Puts every item into its stream, by one call for each event loop."""
+def _hand_over(items: Sequence[tuple[_Stream, RequestOutput | Exception]]) -> list[_Stream]:
+    """Puts every item into its stream, by one call for each event loop. Returns the streams of loops that are closed,
+    where nobody waits any more.
+    """
     by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, RequestOutput | Exception]]] = {}
     for stream, item in items:
         by_loop.setdefault(stream.loop, []).append((stream, item))
+    lost: list[_Stream] = []
     for loop, some in by_loop.items():
-        with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits any more
+        try:
             loop.call_soon_threadsafe(_put_all, some)
+        except RuntimeError:
+            lost += [stream for stream, _ in some]
+    return lost
 
 
 def _put_all(items: Sequence[tuple[_Stream, RequestOutput | Exception]]) -> None:

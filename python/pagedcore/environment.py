@@ -1,6 +1,7 @@
 """What pagedcore reads from its surroundings: environment variables, and the facts `pagedcore info` prints.
 
-Every variable is declared here, once, and read nowhere else; the kernels ask here too. A value that is not understood
+Every variable is declared here, once, and read nowhere else, but for those of the build and the tests; the kernels ask
+here too. A value that is not understood
 is an error, never a silent default: a typo in an environment variable must not change what a benchmark measures.
 """
 
@@ -50,15 +51,26 @@ LOG_LEVEL = Variable("PAGEDCORE_LOG_LEVEL", "what the command line logs to stder
 TEST_MODEL = Variable("PAGEDCORE_TEST_MODEL", "model directory or GGUF file that the tests of real text use")
 VARIABLES = (CPU_ISA, LOG_LEVEL, TEST_MODEL)
 
+#: Names with the prefix that are read elsewhere: by the build, and by the repository's own tests (seeds, sizes).
+ELSEWHERE = (
+    "PAGEDCORE_CUDA",
+    "PAGEDCORE_MODEL_OPS",
+    "PAGEDCORE_MODEL_SEED",
+    "PAGEDCORE_SIM_SEED",
+    "PAGEDCORE_SIM_SEEDS",
+    "PAGEDCORE_TEST_KERNELS",
+    "PAGEDCORE_TEST_SEED",
+)
+
 
 def check(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """Reads every variable; the ones that are set, by name. Raises InvalidArgumentError for the first bad value,
-    and for a name with the prefix that does not exist (PAGEDCORE_CUDA belongs to the build and is let through).
+    and for a name with the prefix that does not exist; those read elsewhere are let through.
     """
     environ = os.environ if environ is None else environ
-    known = {variable.name for variable in VARIABLES} | {"PAGEDCORE_CUDA"}
+    known = {variable.name for variable in VARIABLES}
     for name in environ:
-        if name.startswith("PAGEDCORE_") and name not in known:
+        if name.startswith("PAGEDCORE_") and name not in known and name not in ELSEWHERE:
             raise InvalidArgumentError(
                 f"unknown environment variable {name}",
                 hint=f"the ones there are: {', '.join(sorted(known))}",

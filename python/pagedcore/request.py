@@ -136,7 +136,7 @@ class News:
                 if finished or sequence.index in self.since
             ],
             finished,
-            request.metrics,
+            replace(request.metrics),  # a copy: the request's own go on
             request.error,
         )
 
