@@ -37,7 +37,7 @@ $(TOOLS): pyproject.toml
 	@touch $@
 
 $(BUILT): $(TOOLS) $(SOURCES)
-	$(say) "set-up 2/3: compile pagedcore (half a minute the first time)"
+	$(say) "set-up 2/3: compile pagedcore (a minute or two the first time)"
 	@$(PIP) install --verbose --no-build-isolation --no-deps -e .
 	@touch $@
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from pagedcore.errors import InvalidArgumentError
-from pagedcore.sampling import Sampler, SamplingParams, draw, sequence_key, uniform
+from pagedcore.params import SamplingParams
+from pagedcore.sampling import Sampler, draw, sequence_key, uniform
 
 VOCAB = 1000
 

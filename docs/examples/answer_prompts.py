@@ -4,7 +4,7 @@
 
 PATH is a model directory or a GGUF file, which is converted to a directory beside it the first time. The prompts are in
 prompts.toml: half of them share a system prompt, which is computed once, and some ask for several answers, which share
-their prompt's blocks until they differ. The KV cache is smaller than all requests together would like.
+their prompt's blocks until they differ. The KV cache is smaller than all requests together would need at once.
 """
 
 from __future__ import annotations
@@ -93,6 +93,7 @@ def answer(engine: Engine, prompts: list[Prompt]) -> tuple[Figures, list[Request
 def show_answers(prompts: list[Prompt], outputs: list[RequestOutput]) -> None:
     """Prints a few of the questions with their answers."""
     width = screen.columns()
+    print("\nSome answers, the words of a small model; greedy ones are those that transformers gives:")
     for number in SHOWN:
         print("\n" + screen.shorten(f"[{number}] {screen.plain(prompts[number].text)}", width))
         several = len(outputs[number].outputs) > 1
@@ -127,6 +128,7 @@ def show_table(columns: dict[str, Figures]) -> None:
         print(f"{name:30}" + "".join(f"{show(figures):>{width}}" for figures in columns.values()))
     if len({figures.requests for figures in columns.values()}) > 1:
         print("\nThe columns are of different numbers of requests: compare rates and shares.")
+        print("All prompts of a padded batch get their first token at once, when the longest has been computed.")
 
 
 def main() -> int:
@@ -182,7 +184,7 @@ def main() -> int:
             batch_size=8,
             dtype=model.dtype,
             kv_bytes_per_token=kv_bytes_per_token,
-            on_progress=lambda seconds, tokens: print(f"{seconds:5.1f} s  {tokens} tokens", flush=True),
+            on_progress=lambda seconds, steps: print(f"{seconds:5.1f} s  {steps} tokens each", flush=True),
         )
     show_table(columns)
     if options.json:

@@ -48,9 +48,11 @@ class LiveView:
             self._print(stats, done, rate, now - self._started)
 
     def _print(self, stats: EngineStats, done: int, rate: float, seconds: float) -> None:
+        used = stats.last_step_blocks if stats.running else stats.blocks_used  # blocks of the last step are given back
+        average = " on average" if stats.running + stats.waiting == 0 else ""
         print(
-            f"{seconds:5.1f} s  {done}/{self._total} answered, {rate:.0f} tokens/s, {stats.running} running, "
-            f"{stats.waiting} waiting, {stats.last_step_blocks} of {stats.num_blocks} blocks in use",
+            f"{seconds:5.1f} s  {done}/{self._total} answered, {rate:.0f} tokens/s{average}, {stats.running} running, "
+            f"{stats.waiting} waiting, {used} of {stats.num_blocks} blocks in use",
             file=self._out,
             flush=True,
         )

@@ -66,16 +66,16 @@ class _Watch(StoppingCriteria):
         self.first_step: float | None = None
         self._started = self._told = started
         self._on_progress = on_progress
-        self._tokens = 0
+        self._steps = 0
 
     def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         now = time.monotonic()
-        self._tokens += len(input_ids)
+        self._steps += 1
         if self.first_step is None:
             self.first_step = now
         if now - self._told >= _TELL_EVERY:
             self._told = now
-            self._on_progress(now - self._started, self._tokens)
+            self._on_progress(now - self._started, self._steps)
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
@@ -87,13 +87,13 @@ def answer_in_padded_batches(
     batch_size: int,
     dtype: torch.dtype,
     kv_bytes_per_token: int,
-    on_progress: Callable[[float, int], None] = lambda _seconds, _tokens: None,
+    on_progress: Callable[[float, int], None] = lambda _seconds, _steps: None,
 ) -> tuple[Figures, list[list[int]]]:
     """Greedy answers to the prompts, in their order, ``batch_size`` at a time, each batch padded to its longest prompt.
 
     A batch runs until its last answer has ended, and its cache has a place for every sequence and every position.
     Every request is there from the start, so a later batch waits for the earlier ones. ``on_progress`` gets seconds and
-    tokens of the batch every few seconds. Returns the figures and the answers' token ids.
+    the batch's steps every few seconds. Returns the figures and the answers' token ids.
     """
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=False).eval()
     ends = model.generation_config.eos_token_id

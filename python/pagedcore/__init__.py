@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pagedcore.layout import KVCacheLayout
     from pagedcore.llm import LLM
     from pagedcore.outputs import CompletionOutput, RequestOutput
-    from pagedcore.sampling import SamplingParams
+    from pagedcore.params import SamplingParams
 
 __all__ = [
     "LLM",
@@ -70,7 +70,7 @@ _LAZY = {
     "KVCacheLayout": "pagedcore.layout",
     "LLM": "pagedcore.llm",
     "RequestOutput": "pagedcore.outputs",
-    "SamplingParams": "pagedcore.sampling",
+    "SamplingParams": "pagedcore.params",
     "layout": "pagedcore.layout",
     "ops": "pagedcore.ops",
 }

@@ -30,7 +30,7 @@ from pagedcore.outputs import EngineStats, RequestOutput
 
 if TYPE_CHECKING:
     from pagedcore.engine import Prompt
-    from pagedcore.sampling import SamplingParams
+    from pagedcore.params import SamplingParams
 
 T = TypeVar("T")
 

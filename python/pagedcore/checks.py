@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pagedcore.errors import InvalidArgumentError, TokenOutOfRangeError, UnsupportedError
-from pagedcore.sampling import SamplingParams
+from pagedcore.params import SamplingParams
 
 if TYPE_CHECKING:
     from pagedcore.models import LoadedModel

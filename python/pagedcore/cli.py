@@ -107,12 +107,9 @@ def _memory(text: str) -> int | float:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from transformers.utils import logging as transformers_logging
+    from pagedcore.params import SamplingParams
 
-    from pagedcore.llm import LLM
-    from pagedcore.sampling import SamplingParams
-
-    params = SamplingParams(  # first: a wrong value is told before a model is loaded
+    params = SamplingParams(  # first: a wrong value is told before torch is loaded, which takes seconds
         n=options.n,
         max_tokens=options.max_tokens,
         temperature=options.temperature,
@@ -127,6 +124,12 @@ def _generate(options: argparse.Namespace) -> int:
     if not prompts:
         print("pagedcore generate: no prompts, neither as arguments nor on stdin", file=sys.stderr)
         return 2
+    if sys.stderr.isatty():
+        print(f"loading {options.model} ...", file=sys.stderr)
+    from transformers.utils import logging as transformers_logging
+
+    from pagedcore.llm import LLM
+
     transformers_logging.disable_progress_bar()  # of loading: it is over in a second
     with LLM(
         options.model,

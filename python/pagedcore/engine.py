@@ -32,9 +32,10 @@ from pagedcore.errors import (
 from pagedcore.flight import Flight, at_once
 from pagedcore.layout import KVCacheLayout
 from pagedcore.outputs import EngineStats, RequestMetrics, RequestOutput
+from pagedcore.params import SamplingParams
 from pagedcore.request import News, Request, Sequence, changes_of_end, changes_of_step
 from pagedcore.runner import ModelRunner
-from pagedcore.sampling import Sampler, SamplingParams, sequence_key
+from pagedcore.sampling import Sampler, sequence_key
 from pagedcore.tokenizer import NO_TEXT, PROMPT_CONTEXT
 
 if TYPE_CHECKING:

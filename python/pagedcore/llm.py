@@ -12,7 +12,7 @@ from pagedcore.engine import Engine
 from pagedcore.errors import InvalidArgumentError, UnknownRequestError, UnsupportedError
 from pagedcore.models import LoadedModel
 from pagedcore.outputs import RequestOutput
-from pagedcore.sampling import SamplingParams
+from pagedcore.params import SamplingParams
 
 if TYPE_CHECKING:
     from pagedcore.engine import Prompt

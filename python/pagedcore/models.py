@@ -129,7 +129,7 @@ def load(
 
     target = _device(device)
     _check_dtype(dtype)
-    source = find(model)
+    source = _converted(find(model))
     started = time.perf_counter()
     attention.register()
     try:
@@ -232,6 +232,19 @@ def convert_gguf(gguf_file: str | os.PathLike[str], directory: str | os.PathLike
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return target
+
+
+def _converted(source: Source) -> Source:
+    """The directory that `convert_gguf` made beside a GGUF file, if it is there and not older: it loads in a second."""
+    if source.gguf_file is None:
+        return source
+    file = Path(source.location, source.gguf_file)
+    directory = file.with_suffix("")
+    config = directory / "config.json"
+    if not config.is_file() or config.stat().st_mtime < file.stat().st_mtime:
+        logger.info("reading %s takes long; pagedcore.models.convert_gguf writes it as a directory, once", file)
+        return source
+    return Source(str(directory))
 
 
 def probe(module: PreTrainedModel) -> tuple[tuple[attention.LayerShape, ...], int]:

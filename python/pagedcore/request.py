@@ -18,7 +18,7 @@ from pagedcore.tokenizer import NO_TEXT, TextState
 if TYPE_CHECKING:
     import numpy as np
 
-    from pagedcore.sampling import SamplingParams
+    from pagedcore.params import SamplingParams
     from pagedcore.tokenizer import Detokenizer
 
 logger = logging.getLogger(__name__)
