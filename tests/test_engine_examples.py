@@ -64,6 +64,12 @@ def test_answer_prompts(smollm2, tmp_path):
     assert all(answers["answers"] for answers in content["answers"])
 
 
+def test_own_model():
+    out = run("own_model.py").splitlines()
+    assert [line.partition(":")[0] for line in out] == ["short[0]", "long[0]", "twice[0]", "twice[1]"]
+    assert all(line.endswith("]  as without a cache") for line in out)
+
+
 def test_prompts():
     """64 prompts, half with the system prompt, of very different lengths."""
     answer_prompts = load("answer_prompts")
