@@ -336,6 +336,8 @@ for exponent in (20, 26, 31):
         lambda: Scheduler(SchedulerConfig(num_blocks=64, max_num_seqs=n)),
         lambda: Scheduler(SchedulerConfig(num_blocks=64, max_num_batched_tokens=n)),
         lambda: Scheduler(SchedulerConfig(num_blocks=n, max_model_len=n)),
+        # A manager that fills the memory is not copied to find out that it does not fit.
+        lambda: Scheduler(SchedulerConfig(num_blocks=8), KVCacheManager(n)),
     ):
         try:
             make()

@@ -37,6 +37,16 @@ class Long:
         plan = self.scheduler.schedule()
         return lambda: self.scheduler.update(plan.step, [1])
 
+    def cancel(self) -> Callable[[], object]:
+        # The step is short, and many blocks were given back since: they are free when it is over.
+        self.scheduler.add_request("short", [1], 4)
+        manager = self.scheduler.manager
+        seq = manager.add(np.arange(LONG, dtype=np.int32))
+        manager.allocate_slots(seq, LONG)
+        plan = self.scheduler.schedule()
+        manager.free(seq)
+        return lambda: self.scheduler.cancel(plan.step)
+
     def abort(self) -> Callable[[], object]:
         self.update()()
         return lambda: self.scheduler.abort("long")
@@ -57,6 +67,10 @@ def test_long_calls_let_other_threads_run(name: str) -> None:
 
 def test_adding_a_long_prompt_lets_other_threads_run() -> None:
     assert gives_way(Long(add=False).add())
+
+
+def test_cancelling_with_many_blocks_to_free_lets_other_threads_run() -> None:
+    assert gives_way(Long(add=False).cancel())
 
 
 def test_short_steps_keep_the_interpreter() -> None:
@@ -80,6 +94,21 @@ def test_vocabularies_of_scheduler_and_manager_are_the_same() -> None:
     manager = KVCacheManager(64, 4, vocab_size=1 << 31)
     scheduler = Scheduler(SchedulerConfig(num_blocks=64, block_size=4), manager)
     scheduler.add_request("a", [(1 << 31) - 1], 1)
+
+
+def test_what_is_written_into_the_block_table_never_becomes_a_slot() -> None:
+    sizes = {"num_blocks": 64, "block_size": 4, "max_num_batched_tokens": 10, "max_num_seqs": 2, "max_model_len": 64}
+    schedulers = [Scheduler(SchedulerConfig(**sizes)) for _ in range(2)]
+    for scheduler in schedulers:
+        scheduler.add_request("a", list(range(36)), 9)
+    for _ in range(9):
+        plans = [scheduler.schedule() for scheduler in schedulers]
+        slots = [plan.slot_mapping.tolist() for plan in plans]
+        assert slots[0] == slots[1]
+        # A server that takes the lines for its own, against the documentation.
+        plans[1].block_table[:] = 1 << 30
+        for scheduler, plan in zip(schedulers, plans, strict=True):
+            scheduler.update(plan.step, [1] * len(plan.sample_seqs))
 
 
 def test_a_count_of_samples_is_no_token() -> None:

@@ -350,6 +350,7 @@ class Explanation:
             "rows",
             "blocks",
             "running_short_of_blocks",
+            "references",
             "table_updates",
             "behind",
             "not_considered",

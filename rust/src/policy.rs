@@ -41,9 +41,10 @@ pub const fn worst_case_blocks(prompt_len: u64, max_len: u64, n: u64, block_size
 ///
 /// This is what bounds preemptions (S2). A request is only preempted when those before it in the line outgrow the
 /// pool. Once the horizon reaches the longest sequence, admission means that all of them fit to their very end, so
-/// the request is never preempted again by anything that was in the line before: at most
-/// `1 + log4(max_model_len / block_size)` preemptions, plus those caused by more urgent newcomers and by
-/// groups that go back to their place in the line because the caller ended their lead.
+/// the request is never preempted again by anything that was in the line before. That is at most
+/// `2 + log4(max_model_len / block_size)` preemptions, as S2 says and the simulation checks (one to round the
+/// logarithm up, and one to spare), plus those caused by more urgent newcomers and by groups that go back to their
+/// place in the line because the caller ended their lead.
 #[must_use]
 pub const fn growth_horizon(preemptions: u32, block_size: u64) -> u64 {
     let shift = if preemptions > 20 { 40 } else { 2 * preemptions };

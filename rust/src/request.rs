@@ -126,6 +126,7 @@ pub(crate) struct Request {
     pub prompt_len: u32,
     /// A sequence ends with "length" when it has this many tokens.
     pub limit: u32,
+    /// In order, each once: there may be many, and every sample is looked up.
     pub stop: Box<[u32]>,
     pub namespace: NamespaceKey,
     pub content_keys: ContentKeys,
@@ -148,13 +149,16 @@ pub(crate) struct Request {
 impl Request {
     pub fn new(id: Arc<str>, rank: Rank, prompt: &[u32], limit: u32, params: RequestParams) -> Self {
         let prompt_len = u32::try_from(prompt.len()).expect("max_model_len is int32");
+        let mut stop = params.stop_token_ids;
+        stop.sort_unstable();
+        stop.dedup();
         Self {
             id,
             rank,
             prompt: prompt.to_vec(),
             prompt_len,
             limit,
-            stop: params.stop_token_ids.into(),
+            stop: stop.into(),
             namespace: params.namespace,
             content_keys: params.content_keys,
             children: vec![

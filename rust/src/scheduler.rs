@@ -25,6 +25,7 @@ mod config;
 mod decide;
 mod explain;
 mod lifecycle;
+mod parts;
 mod requests;
 mod rows;
 mod siblings;
@@ -38,11 +39,12 @@ use std::sync::Arc;
 
 pub use config::SchedulerConfig;
 pub use explain::{Explanation, Phase, Reason};
+pub(crate) use parts::Parts;
 pub use stats::SchedulerStats;
 pub use update::{Finished, StepResult};
 pub use write::{PlannedStep, Started};
 
-use crate::error::{Error, Expected, Result};
+use crate::error::{Error, Result};
 use crate::ids::{SeqHandle, Step};
 use crate::manager::KVCacheManager;
 use crate::plan::{PlanBuffer, PlanLimits};
@@ -110,49 +112,38 @@ impl Scheduler {
     }
 
     /// A scheduler on an existing manager, whose sequences stay where they are and are nobody's to preempt: a
-    /// request that fits the pool only without them waits until they are freed.
+    /// request that fits the pool only without them waits until they are freed. O(size of a plan).
     ///
     /// # Errors
     /// As `new`; `InvalidArgument` if the manager's sizes differ from the configuration's, if it keeps duplicates of
-    /// published blocks (`merge_blocks=False`), or has steps in flight.
+    /// published blocks (`merge_blocks=False`), or has steps in flight. The manager is dropped then.
     pub fn with_manager(config: SchedulerConfig, manager: KVCacheManager) -> Result<Self> {
-        config.validate()?;
-        let vocabulary = config.vocabulary()?;
-        let same = [
-            (
-                "num_blocks",
-                config.num_blocks as u64,
-                manager.pool().num_blocks() as u64,
-            ),
-            ("block_size", config.block_size as u64, manager.block_size() as u64),
-            (
-                "enable_prefix_caching",
-                config.enable_prefix_caching.into(),
-                manager.cache().is_some().into(),
-            ),
-            ("vocab_size", vocabulary.size(), manager.vocabulary().size()),
-            // Without merging, a request pins blocks that it does not hold, and might not fit its own bound (S3).
-            ("merge_blocks", 1, manager.merge_blocks().into()),
-            ("manager", 0, manager.pool().steps_in_flight() as u64),
-        ];
-        for (argument, expected, got) in same {
-            if got != expected {
-                return Err(Error::argument(argument, got, Expected::Exactly(expected)));
-            }
-        }
-        let limits = config.plan_limits();
+        let parts = Parts::new(config, &manager)?;
+        Ok(Self::over(parts, manager))
+    }
+
+    /// A scheduler on the manager that its parts were made for.
+    pub(crate) fn over(parts: Parts, manager: KVCacheManager) -> Self {
+        let Parts {
+            config,
+            limits,
+            vocabulary,
+            buffer,
+            rows,
+            lines,
+        } = parts;
         let max_num_seqs = config.max_num_seqs;
-        Ok(Self {
-            buffer: PlanBuffer::new(&limits)?,
+        Self {
+            buffer,
             limits,
             vocabulary,
             manager,
             requests: Requests::default(),
             by_id: HashMap::default(),
             waiting: BTreeMap::new(),
-            rows: Rows::new(max_num_seqs),
+            rows,
             blocked: None,
-            lines: vec![write::Line::default(); max_num_seqs],
+            lines,
             in_flight: InFlight::with_capacity(max_num_seqs),
             result: StepResult::with_capacity(max_num_seqs),
             stats: SchedulerStats::default(),
@@ -160,14 +151,16 @@ impl Scheduler {
             turns: 0,
             poison: None,
             config,
-        })
+        }
     }
 
     /// Plans the next step: decides who computes what, and writes every array of it. `None` if nothing can run, or
     /// the step before is still in flight; [`explain`](Self::explain) says why. The plan is valid until its
     /// `update` or `cancel`.
     ///
-    /// O(sequences of the step + tokens + table entries that changed), and no allocation once the lists have grown.
+    /// O(running + tokens of the step + table entries that changed), and O(blocks) for each request that is preempted,
+    /// O(prompt) for each that is admitted; where one waits for blocks, O(its prefix) every sixteenth time. No
+    /// allocation once the lists have grown, while nobody needs a block.
     ///
     /// # Errors
     /// `Corruption` if an invariant of the core is found broken; then every later call returns it.
@@ -278,6 +271,113 @@ impl Scheduler {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::content::ContentKeys;
+    use crate::ids::BlockId;
+    use crate::namespace::NamespaceKey;
+    use crate::request::RequestParams;
+
+    /// Somebody holds a block as often as can be counted.
+    fn hold_at_limit(scheduler: &mut Scheduler, block: BlockId) {
+        let pool = scheduler.manager.parts_mut().0;
+        let room = u32::MAX - pool.ref_count(block).unwrap();
+        pool.retain_times(&[block], room).unwrap();
+    }
+
+    /// A step in which every sample is token 7.
+    fn step(scheduler: &mut Scheduler) -> usize {
+        let planned = scheduler.schedule().unwrap().expect("a step");
+        let (step, samples) = (planned.plan().step(), planned.plan().num_samples());
+        scheduler.update(step, &vec![7; samples], None, None).unwrap();
+        scheduler.check().unwrap();
+        samples
+    }
+
+    fn prompt() -> Vec<u32> {
+        (0..40).collect()
+    }
+
+    #[test]
+    fn who_cannot_share_a_prefix_for_its_references_waits() {
+        let mut scheduler = Scheduler::new(SchedulerConfig::new(64)).unwrap();
+        scheduler
+            .add_request("first", &prompt(), RequestParams::new(1))
+            .unwrap();
+        step(&mut scheduler);
+        let holder = scheduler
+            .manager
+            .add(&prompt(), NamespaceKey::default(), ContentKeys::default())
+            .unwrap();
+        let block = scheduler.manager.table(holder).unwrap()[0];
+        hold_at_limit(&mut scheduler, block);
+        scheduler
+            .add_request("second", &prompt(), RequestParams::new(1))
+            .unwrap();
+        scheduler
+            .add_request("third", &[1, 2, 3], RequestParams::new(1))
+            .unwrap();
+        for _ in 0..3 {
+            assert!(scheduler.schedule().unwrap().is_none());
+            scheduler.check().unwrap();
+            let explained = scheduler.explain("second").unwrap().to_string();
+            assert_eq!(explained, "waiting: references to a block it shares");
+        }
+        scheduler.abort("second").unwrap();
+        assert_eq!(step(&mut scheduler), 1);
+        assert!(!scheduler.has_unfinished());
+    }
+
+    #[test]
+    fn who_cannot_merge_a_block_for_its_references_keeps_its_own() {
+        let mut scheduler = Scheduler::new(SchedulerConfig::new(64)).unwrap();
+        scheduler.add_request("a", &prompt(), RequestParams::new(40)).unwrap();
+        let planned = scheduler.schedule().unwrap().unwrap();
+        let number = planned.plan().step();
+        // Somebody else computes the same meanwhile.
+        let manager = &mut scheduler.manager;
+        let other = manager
+            .add(&prompt(), NamespaceKey::default(), ContentKeys::default())
+            .unwrap();
+        manager.allocate_slots(other, 40, 0).unwrap();
+        manager.commit(other, 40).unwrap();
+        let block = manager.table(other).unwrap()[1];
+        hold_at_limit(&mut scheduler, block);
+        scheduler.update(number, &[7], None, None).unwrap();
+        scheduler.check().unwrap();
+        let mut tokens = 1;
+        while scheduler.has_unfinished() {
+            tokens += step(&mut scheduler);
+        }
+        assert_eq!(tokens, 40);
+    }
+
+    #[test]
+    fn a_group_that_cannot_share_its_prompt_for_its_references_goes_back_into_the_line() {
+        let mut scheduler = Scheduler::new(SchedulerConfig::new(64)).unwrap();
+        let group = RequestParams {
+            n: 3,
+            ..RequestParams::new(4)
+        };
+        scheduler.add_request("group", &prompt(), group).unwrap();
+        scheduler
+            .add_request("other", &[1, 2, 3], RequestParams::new(4))
+            .unwrap();
+        let planned = scheduler.schedule().unwrap().unwrap();
+        let (number, samples) = (planned.plan().step(), planned.plan().num_samples());
+        let lead = scheduler.requests[scheduler.by_id["group"]].children[0].seq.unwrap();
+        let block = scheduler.manager.table(lead).unwrap()[0];
+        hold_at_limit(&mut scheduler, block);
+        let result = scheduler.update(number, &vec![7; samples], None, None).unwrap();
+        assert_eq!((result.tokens.len(), result.finished.len()), (1, 0));
+        scheduler.check().unwrap();
+        for _ in 0..3 {
+            assert_eq!(step(&mut scheduler), 1, "the other goes on");
+        }
+        assert!(scheduler.schedule().unwrap().is_none());
+        let explained = scheduler.explain("group").unwrap().to_string();
+        assert_eq!(explained, "preempted: references to a block it shares");
+        assert_eq!(scheduler.abort("group").unwrap().len(), 3);
+        scheduler.check().unwrap();
+    }
 
     #[test]
     fn an_error_inside_an_operation_is_a_corruption_that_says_which() {

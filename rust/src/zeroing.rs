@@ -5,8 +5,11 @@
 //! the writes. One tenant alone never causes a zeroing.
 //!
 //! A block waits in one life (generation): given back and taken again behind our back, it is its new owner's.
+//!
+//! What was taken may yet come back, if its step is cancelled. Until that is known nobody can say what such a block
+//! holds: whoever gets it meanwhile, the same tenant too, has it zeroed once more.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::error::{Error, Result};
 use crate::ids::BlockId;
@@ -20,6 +23,8 @@ pub(crate) struct Zeroing {
     tags: Vec<TenantSerial>,
     /// The blocks that wait, and the life of each in which it does.
     waiting: BTreeMap<BlockId, u32>,
+    /// The blocks that were taken, and neither zeroed nor put back yet.
+    taken: BTreeSet<BlockId>,
 }
 
 impl Zeroing {
@@ -27,6 +32,7 @@ impl Zeroing {
         Ok(Self {
             tags: zeroed!(u32, num_blocks)?,
             waiting: BTreeMap::new(),
+            taken: BTreeSet::new(),
         })
     }
 
@@ -39,12 +45,13 @@ impl Zeroing {
         self.waiting.is_empty()
     }
 
-    /// The block begins a life with a tenant. O(1) where the tenant is the last one's, else O(log waiting).
+    /// The block begins a life with a tenant. O(1) where the tenant is the last one's and nothing waits or was taken,
+    /// else O(log blocks of those).
     pub(crate) fn assign(&mut self, block: BlockId, generation: u32, tenant: TenantSerial) {
         let last = std::mem::replace(&mut self.tags[block.index()], tenant);
         let another = last != 0 && (last != tenant || tenant == LAST_SERIAL);
-        // One that waits still holds what a tenant before the last one wrote.
-        if another || self.waiting.contains_key(&block) {
+        // One that waits still holds what a tenant before the last one wrote, and one that was taken perhaps.
+        if another || self.waiting.contains_key(&block) || self.taken.contains(&block) {
             self.waiting.insert(block, generation);
         }
     }
@@ -57,11 +64,13 @@ impl Zeroing {
         }
     }
 
-    /// Appends the blocks that wait to `out`, in order, and forgets them; but those of lives that are over, as `lives`
-    /// says, are left to their next owners.
+    /// Appends the blocks that wait to `out`, in order, until they are [`put_back`](Self::put_back) or
+    /// [`were_zeroed`](Self::were_zeroed); but those of lives that are over, as `lives` says, are left to their next
+    /// owners. O(blocks · log blocks).
     pub(crate) fn take(&mut self, lives: impl Fn(BlockId, u32) -> bool, out: &mut Vec<(BlockId, u32)>) {
         while let Some((block, generation)) = self.waiting.pop_first() {
             if lives(block, generation) {
+                self.taken.insert(block);
                 out.push((block, generation));
             } else {
                 self.tags[block.index()] = LAST_SERIAL;
@@ -69,8 +78,14 @@ impl Zeroing {
         }
     }
 
+    /// All that was taken has been zeroed, or is going to be before anything else is done. O(blocks).
+    pub(crate) fn were_zeroed(&mut self) {
+        self.taken.clear();
+    }
+
     /// A block that was taken was not zeroed: it waits again, or its next owner's turn decides if it lives no more.
     pub(crate) fn put_back(&mut self, block: BlockId, generation: u32, lives: bool) {
+        self.taken.remove(&block);
         if lives {
             self.waiting.insert(block, generation);
         } else if !self.waiting.contains_key(&block) {
@@ -101,6 +116,7 @@ mod tests {
         zeroing.check().unwrap();
         let mut out = Vec::new();
         zeroing.take(|_, _| true, &mut out);
+        zeroing.were_zeroed();
         out.into_iter().map(|(block, _)| block.0).collect()
     }
 
@@ -140,6 +156,26 @@ mod tests {
         assert_eq!(out, []);
         zeroing.assign(BlockId(3), 4, 2);
         assert_eq!(take(&mut zeroing), [3]);
+    }
+
+    #[test]
+    fn a_block_taken_and_not_yet_zeroed_is_zeroed_for_its_next_owner() {
+        let (block, mut out) = (BlockId(3), Vec::new());
+        let taken = |out: &mut Vec<_>| {
+            let mut zeroing = Zeroing::new(8).unwrap();
+            zeroing.assign(block, 1, 1);
+            zeroing.assign(block, 2, 2);
+            zeroing.take(|_, _| true, out);
+            zeroing
+        };
+        let mut zeroing = taken(&mut out);
+        zeroing.assign(block, 3, 2);
+        zeroing.put_back(block, 2, false);
+        assert_eq!(take(&mut zeroing), [3]);
+        let mut zeroing = taken(&mut out);
+        zeroing.were_zeroed();
+        zeroing.assign(block, 3, 2);
+        assert_eq!(take(&mut zeroing), []);
     }
 
     #[test]

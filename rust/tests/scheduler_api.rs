@@ -337,3 +337,54 @@ fn a_storm_of_preemptions_changes_no_output() {
         assert_eq!(output, &alone(0, prompt, 0, prompt.len() + 300, &[], VOCAB));
     }
 }
+
+#[test]
+fn a_request_that_is_refused_again_and_again_makes_no_step_long() {
+    let (mut scheduler, mut server) = scheduler(&SchedulerConfig {
+        num_blocks: 65,
+        max_num_batched_tokens: 300,
+        max_model_len: 250,
+        ..config()
+    });
+    let long = |len: u32| -> Vec<u32> { (0..len).map(|i| i % VOCAB).collect() };
+    scheduler.add_request("a", &long(100), RequestParams::new(60)).unwrap();
+    step(&mut scheduler, &mut server);
+    scheduler
+        .add_request("b", &long(180)[1..], RequestParams::new(9))
+        .unwrap();
+    scheduler
+        .add_request("c", &long(181)[1..], RequestParams::new(9))
+        .unwrap();
+    assert!(scheduler.size_of_schedule() > 300, "both may be admitted");
+    let mut sizes = Vec::new();
+    for _ in 0..48 {
+        step(&mut scheduler, &mut server);
+        assert_eq!(scheduler.explain("b").unwrap().phase, Phase::Waiting);
+        sizes.push(scheduler.size_of_schedule());
+    }
+    // Now and then its prefix is looked at.
+    let looks = sizes.iter().filter(|&&size| size > 1).count();
+    assert!((1..=4).contains(&looks), "{sizes:?}");
+    // What ends gives blocks back: then it may be admitted.
+    scheduler.abort("a").unwrap();
+    assert!(scheduler.size_of_schedule() > 300);
+    step(&mut scheduler, &mut server);
+    assert_eq!(scheduler.explain("b").unwrap().phase, Phase::Running);
+}
+
+#[test]
+fn stop_tokens_may_come_in_any_order_and_twice() {
+    let (mut scheduler, _) = scheduler(&config());
+    let params = RequestParams {
+        stop_token_ids: vec![9, 3, 9, 7, 3],
+        ..RequestParams::new(20)
+    };
+    for (id, stop) in [("a", 9), ("b", 7), ("c", 3)] {
+        scheduler.add_request(id, &prompt(3), params.clone()).unwrap();
+        for token in [4, 8, stop] {
+            let number = scheduler.schedule().unwrap().unwrap().plan().step();
+            let finished = scheduler.update(number, &[token], None, None).unwrap().finished.len();
+            assert_eq!(finished, usize::from(token == stop), "{id}: {token}");
+        }
+    }
+}

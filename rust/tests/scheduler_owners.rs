@@ -170,6 +170,41 @@ fn nothing_is_zeroed_that_is_somebody_elses_by_now() {
 }
 
 #[test]
+fn a_block_whose_zeroing_was_not_run_is_zeroed_for_whoever_took_it_meanwhile() {
+    for updated in [false, true] {
+        let (mut scheduler, mut server) = scheduler(&config());
+        scheduler.add_request("r", &prompt(5), RequestParams::new(4)).unwrap();
+        step(&mut scheduler, &mut server);
+        let manager = scheduler.manager_mut();
+        let first = foreign(manager, "a", 4);
+        let block = manager.table(first).unwrap()[0];
+        // A tenant that has nothing comes back as another one.
+        foreign(manager, "b", 4);
+        manager.free(first, None).unwrap();
+        let second = foreign(manager, "b", 4);
+        assert_eq!(manager.table(second).unwrap(), [block]);
+        let planned = scheduler.schedule().unwrap().unwrap();
+        assert_eq!(planned.plan().blocks_to_zero(), [block.0.cast_signed()]);
+        let (number, sampled) = (planned.plan().step(), server.run(&planned, |_| 0));
+        // No step reads it: it is free at once, and goes to the same tenant again, with the plan still in flight.
+        let manager = scheduler.manager_mut();
+        manager.free(second, Some(0)).unwrap();
+        let third = foreign(manager, "b", 4);
+        assert_eq!(manager.table(third).unwrap(), [block]);
+        if updated {
+            scheduler.update(number, &sampled, None, None).unwrap();
+        } else {
+            scheduler.cancel(number).unwrap();
+        }
+        scheduler.check().unwrap();
+        assert_eq!(told(&mut scheduler).1, [block.0.cast_signed()], "updated: {updated}");
+        // Once that is done it is done.
+        step(&mut scheduler, &mut server);
+        assert_eq!(told(&mut scheduler).1, []);
+    }
+}
+
+#[test]
 fn what_was_copied_from_a_copy_that_was_not_made_is_copied_from_its_source() {
     let (mut scheduler, _) = scheduler(&config());
     scheduler.add_request("r", &prompt(5), RequestParams::new(2)).unwrap();

@@ -128,6 +128,44 @@ fn a_wrong_update_changes_nothing() {
 }
 
 #[test]
+fn no_sample_of_a_request_that_failed_is_looked_at() {
+    let (mut scheduler, mut server) = scheduler(&config());
+    scheduler.add_request("group", &prompt(5), n(3, 4)).unwrap();
+    scheduler
+        .add_request("other", &prompt(3), RequestParams::new(4))
+        .unwrap();
+    let planned = scheduler.schedule().unwrap().unwrap();
+    let number = planned.plan().step();
+    server.run(&planned, |_| 0);
+    let due: Vec<_> = planned.plan().sample_seqs().to_vec();
+    let other = due
+        .iter()
+        .position(|&row| server.rows[row as usize].as_ref().unwrap().request == "other");
+    let other = other.unwrap();
+    // One sequence of the group failed, so all of it ends: what its siblings sampled is nobody's.
+    let mut sampled = [-1; 4];
+    sampled[other] = 3;
+    let mut failed = [false; 4];
+    failed[(other + 2) % 4] = true;
+    let result = scheduler.update(number, &sampled, None, Some(&failed)).unwrap();
+    assert_eq!(result.finished.len(), 3);
+    assert_eq!(result.tokens, [3]);
+    scheduler.check().unwrap();
+    // A sample of another request's is.
+    scheduler.add_request("group", &prompt(5), n(3, 4)).unwrap();
+    let planned = scheduler.schedule().unwrap().unwrap();
+    let (number, samples) = (planned.plan().step(), planned.plan().num_samples());
+    server.run(&planned, |_| 0);
+    let mut failed = vec![false; samples];
+    failed[samples - 1] = true;
+    let error = scheduler
+        .update(number, &vec![-1; samples], None, Some(&failed))
+        .unwrap_err();
+    assert!(matches!(error, Error::TokenOutOfRange { position: 0, .. }), "{error:?}");
+    scheduler.check().unwrap();
+}
+
+#[test]
 fn a_failed_step_publishes_nothing() {
     let (mut scheduler, mut server) = scheduler(&config());
     scheduler.add_request("a", &prompt(9), RequestParams::new(4)).unwrap();

@@ -25,7 +25,7 @@ impl KVCacheManager {
         Ok(pairs)
     }
 
-    /// [`take_block_copies`](Self::take_block_copies), appending to `out`.
+    /// [`take_block_copies`](Self::take_block_copies), appending to `out`. O(pairs).
     ///
     /// # Errors
     /// [`Error::InvalidArgument`](super::Error::InvalidArgument) for a group that does not exist.
@@ -83,14 +83,17 @@ impl KVCacheManager {
     }
 
     /// Takes the blocks that came from another tenant and have to be zeroed before the copies and writes of the next
-    /// step. O(blocks).
+    /// step. O(blocks · log blocks).
     pub fn take_blocks_to_zero(&mut self) -> Vec<BlockId> {
         let mut blocks = Vec::new();
         self.take_lives_to_zero(&mut blocks);
+        self.zeroing.were_zeroed();
         blocks.into_iter().map(|(block, _)| block).collect()
     }
 
-    /// [`take_blocks_to_zero`](Self::take_blocks_to_zero), appending to `out` each with its generation.
+    /// [`take_blocks_to_zero`](Self::take_blocks_to_zero), appending to `out` each with its generation, until
+    /// [`lives_were_zeroed`](Self::lives_were_zeroed) or [`put_back_lives_to_zero`](Self::put_back_lives_to_zero).
+    /// O(blocks · log blocks).
     pub(crate) fn take_lives_to_zero(&mut self, out: &mut Vec<(BlockId, u32)>) {
         let before = out.len();
         self.zeroing
@@ -98,7 +101,13 @@ impl KVCacheManager {
         self.zeroed += (out.len() - before) as u64;
     }
 
-    /// Blocks that were taken to be zeroed were not: they wait again. Empties `blocks`. O(blocks).
+    /// Blocks that were taken to be zeroed have been. Empties `blocks`. O(blocks).
+    pub(crate) fn lives_were_zeroed(&mut self, blocks: &mut Vec<(BlockId, u32)>) {
+        blocks.clear();
+        self.zeroing.were_zeroed();
+    }
+
+    /// Blocks that were taken to be zeroed were not: they wait again. Empties `blocks`. O(blocks · log blocks).
     pub(crate) fn put_back_lives_to_zero(&mut self, blocks: &mut Vec<(BlockId, u32)>) {
         self.zeroed -= blocks.len() as u64;
         for (block, generation) in blocks.drain(..) {

@@ -59,6 +59,16 @@ impl KVCacheManager {
         self.zeroing.len()
     }
 
+    /// Can [`fork`](Self::fork) make so many copies of the sequence, for all that its blocks' references allow?
+    /// O(blocks).
+    pub(crate) fn can_share(&self, seq: SeqHandle, times: u32) -> Result<bool> {
+        let sequence = self.sequences.get(seq)?;
+        let shared = &sequence.table[..sequence.computed.div_ceil(self.block_size)];
+        Ok(shared
+            .iter()
+            .all(|&block| self.pool.ref_count(block).is_ok_and(|refs| refs <= u32::MAX - times)))
+    }
+
     /// The sequence is a request's from now on, until it is freed; its forks are not.
     pub(crate) fn claim(&mut self, seq: SeqHandle) -> Result<()> {
         self.sequences.get_mut(seq)?.owned = true;

@@ -59,6 +59,11 @@ impl PlanLimits {
             .map(|&n| n as u128 * 12 + ALIGN as u128)
             .sum::<u128>()
             + HEADER_BYTES as u128;
+        // The copies and zeroings there is room for are those of all blocks, however few the sequences.
+        if self.max_block_copies as u128 * 8 + self.max_blocks_to_zero as u128 * 4 > LIMIT / 2 {
+            let expected = Expected::That("so few that what a plan tells of them stays below 8 GiB, 12 bytes a block");
+            return Err(Error::argument("num_blocks", self.max_block_copies, expected));
+        }
         if widest > i32::MAX as usize || table + head > LIMIT {
             let expected = Expected::That("so few, for max_model_len and block_size, that a plan stays below 16 GiB");
             return Err(Error::argument("max_num_seqs", self.max_num_seqs, expected));

@@ -6,7 +6,7 @@ use crate::manager::KVCacheManager;
 use crate::plan::PlanBuffer;
 use crate::pool::{BlockPool, NoCache, Reclaim};
 use crate::prefix::PrefixCache;
-use crate::scheduler::{Scheduler, SchedulerConfig};
+use crate::scheduler::{Parts, Scheduler, SchedulerConfig};
 
 /// The state behind one lock.
 pub enum Core {
@@ -126,15 +126,22 @@ impl Core {
         }
     }
 
-    /// Puts a scheduler over a manager. False: it is under one already. O(blocks + tokens).
+    /// Puts a scheduler over the manager of an open core, which moves into it. False: it is under one already.
+    /// O(size of a plan).
     ///
     /// # Errors
     /// As `Scheduler::with_manager`; the manager is as before then.
-    pub fn adopt(&mut self, config: &SchedulerConfig) -> Result<bool> {
-        let Self::Manager(manager) = self else { return Ok(false) };
-        // A copy, since a scheduler that refuses does not give the manager back.
-        let scheduler = Scheduler::with_manager(config.clone(), (**manager).clone())?;
-        *self = Self::Scheduler(Box::new(scheduler));
+    pub fn adopt(place: &mut Option<Self>, config: &SchedulerConfig) -> Result<bool> {
+        let parts = match place {
+            None => return Err(Error::Closed),
+            Some(Self::Manager(manager)) => Parts::new(config.clone(), manager)?,
+            Some(Self::Blocks(_) | Self::Scheduler(_)) => return Ok(false),
+        };
+        // From here on nothing is refused any more.
+        *place = place.take().map(|core| match core {
+            Self::Manager(manager) => Self::Scheduler(Box::new(Scheduler::over(parts, *manager))),
+            other => other,
+        });
         Ok(true)
     }
 

@@ -107,7 +107,7 @@ impl Scheduler {
                     .cast::<KVCacheManager>()
                     .map_err(|_| wrong("manager", "KVCacheManager", manager))?;
                 let core = Arc::clone(&view.get().core);
-                if !core.call_detached(py, |core| core.adopt(&config.0))? {
+                if !core.call_place(py, |place| Core::adopt(place, &config.0))? {
                     return Err(
                         errors::invalid(manager, "manager", "the manager belongs to a scheduler already").into(),
                     );
@@ -206,7 +206,8 @@ impl Scheduler {
 
     /// Plans the next step: decides who computes what, and writes every array of it.
     ///
-    /// O(sequences + tokens of the step + table entries that changed). The interpreter stays attached where that is little.
+    /// O(running sequences + tokens of the step + table entries that changed), O(blocks) for each request that is
+    /// preempted, O(prompt) for each that is admitted. The interpreter stays attached where that is little.
     ///
     /// Returns:
     ///     the plan, valid until its `update` or `cancel`; None if nothing can run (`explain` says why), or while the
@@ -223,13 +224,15 @@ impl Scheduler {
 
     /// Takes the samples of a step: what it computed becomes findable, samples are appended, sequences end.
     ///
-    /// Rows of requests that ended since are ignored. O(sequences of the step).
+    /// Rows of requests that ended since are ignored. O(sequences of the step + copies + blocks to zero), O(blocks) for
+    /// those that end or become full and for those whose fence passes.
     ///
     /// Args:
     ///     step: `plan.step`.
     ///     sampled_token_ids: int32 or int64, one for each of the plan's `sample_seqs`.
     ///     num_sampled: for each sample how many tokens it is; this version: 1.
-    ///     failed: bool for each sample. Its request ends with "error", and publishes nothing of this step.
+    ///     failed: bool for each sample. Its request ends with "error", and publishes nothing of this step; its other
+    ///         samples are ignored.
     ///
     /// Raises:
     ///     StepError: `step` is not the one in flight. InvalidArgumentError: an array of the wrong length.
@@ -258,17 +261,23 @@ impl Scheduler {
 
     /// Undoes a step, as if it had not been scheduled: its tokens are computed by a later one.
     ///
+    /// O(sequences of the step + copies + blocks to zero + blocks whose fence passes).
+    ///
     /// Raises:
     ///     StepError: `step` is not the one in flight.
     fn cancel(&self, step: &Bound<'_, PyAny>) -> PyResult<()> {
         let py = step.py();
         let step = arguments::step(step, "step")?;
-        self.call(py, |scheduler| scheduler.cancel(step))?;
+        self.weighed(py, scheduler::Scheduler::size_of_update, |scheduler| {
+            scheduler.cancel(step)
+        })?;
         self.ring.close(step);
         Ok(())
     }
 
     /// Ends a request, or one of its sequences, for a reason of the caller's own (a stop string, a deadline).
+    ///
+    /// O(n + blocks given up + log waiting).
     ///
     /// Returns:
     ///     the sequences that ended now, as (request_id, index, reason); none if `index` had ended before.
@@ -289,6 +298,8 @@ impl Scheduler {
     }
 
     /// Ends a request with "abort". A step in flight goes on; what it samples for the request is ignored.
+    ///
+    /// O(n + blocks given up + log waiting).
     ///
     /// Returns:
     ///     the sequences that ended now, as (request_id, index, reason).
@@ -434,8 +445,8 @@ impl Explanation {
         self.0.phase.to_string()
     }
 
-    /// "token_budget", "rows", "blocks", "running_short_of_blocks", "table_updates", "behind" or "not_considered"; None
-    /// for a request that was served in the last step.
+    /// "token_budget", "rows", "blocks", "running_short_of_blocks", "table_updates", "references", "behind" or
+    /// "not_considered"; None for a request that was served in the last step.
     #[getter]
     fn reason(&self) -> Option<&'static str> {
         self.0.reason.as_ref().map(|reason| match reason {
@@ -444,6 +455,7 @@ impl Explanation {
             Reason::Blocks { .. } => "blocks",
             Reason::RunningShortOfBlocks => "running_short_of_blocks",
             Reason::TableUpdates => "table_updates",
+            Reason::References => "references",
             Reason::Behind { .. } => "behind",
             Reason::NotConsidered => "not_considered",
         })

@@ -79,6 +79,17 @@ impl Shared {
         self.told(py, outcome)
     }
 
+    /// Runs a long call that may put another core into the place of this one; the place of a closed one is empty.
+    pub fn call_place<R: Send>(
+        &self,
+        py: Python<'_>,
+        f: impl FnOnce(&mut Option<Core>) -> Result<R> + Send,
+    ) -> PyResult<R> {
+        self.open(py)?;
+        let outcome = py.detach(|| self.core.call(f));
+        self.told(py, outcome)
+    }
+
     /// Runs a call that touches `size` blocks, nodes or tokens: long or short accordingly.
     pub fn call_sized<R: Send>(
         &self,

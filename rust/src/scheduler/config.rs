@@ -3,6 +3,7 @@
 use crate::error::{Error, Expected, Result};
 use crate::manager::ManagerConfig;
 use crate::plan::PlanLimits;
+use crate::pool::{MAX_BLOCK_SIZE, MAX_BLOCKS};
 use crate::tokens::Vocabulary;
 
 /// Sizes and limits of a [`Scheduler`](super::Scheduler). `SchedulerConfig::new(num_blocks)` fills in the rest.
@@ -54,8 +55,8 @@ impl SchedulerConfig {
     /// `InvalidArgument`, or `Unsupported` for more than one step in flight; both name the field.
     pub fn validate(&self) -> Result<()> {
         let ranges = [
-            ("num_blocks", self.num_blocks, 2, MAX_INT32),
-            ("block_size", self.block_size, 1, MAX_INT32),
+            ("num_blocks", self.num_blocks, 2, MAX_BLOCKS as u64),
+            ("block_size", self.block_size, 1, MAX_BLOCK_SIZE as u64),
             ("max_num_seqs", self.max_num_seqs, 1, MAX_ROWS),
             ("max_num_batched_tokens", self.max_num_batched_tokens, 1, MAX_INT32),
             // A prompt of one token and one to generate.
@@ -143,7 +144,13 @@ mod tests {
             ("max_steps_in_flight", |c, v| c.max_steps_in_flight = v),
         ];
         for (name, set) in fields {
-            for value in [0, (1 << 31) + 1, usize::MAX] {
+            // What the pool does not take is refused here, before anything is made.
+            let beyond = if name == "block_size" {
+                MAX_BLOCK_SIZE + 1
+            } else {
+                (1 << 31) + 1
+            };
+            for value in [0, beyond, usize::MAX] {
                 let mut config = SchedulerConfig::new(8);
                 set(&mut config, value);
                 match config.validate() {
@@ -155,6 +162,11 @@ mod tests {
             }
         }
         SchedulerConfig::new(2).validate().unwrap();
+        let coarse = SchedulerConfig {
+            block_size: MAX_BLOCK_SIZE,
+            ..SchedulerConfig::new(2)
+        };
+        crate::Scheduler::new(coarse).unwrap();
     }
 
     #[test]

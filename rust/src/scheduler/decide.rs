@@ -3,14 +3,18 @@
 //! One pass over the running sequences in rank order, then admissions. What a sequence gets is its `Row::scheduled`;
 //! nothing else is kept. A sequence that decodes inside a block that is already its own costs a few loads and stores.
 
+use super::lifecycle::is_reference_limit;
 use super::rows::Stall;
 use super::{Draft, Reason, Scheduler};
 use crate::error::{Error, Result};
 use crate::policy;
 
+/// Calls of `schedule` from one look at what is held of a waiting request's prefix to the next.
+pub(super) const HELD_PREFIX_TURNS: u64 = 16;
+
 impl Scheduler {
     /// Gives tokens to sequences until the budget, the blocks or the work run out. On return the rows say who gets
-    /// what, and the draft says how much that is. O(running) plus O(blocks) for those that need some.
+    /// what, and the draft says how much that is. O(running), plus O(blocks) for those that need some or lose theirs.
     pub(super) fn decide(&mut self) -> Result<Draft> {
         let mut draft = Draft {
             tokens_left: self.config.max_num_batched_tokens,
@@ -121,6 +125,10 @@ impl Scheduler {
                     }
                     chunk = smaller;
                 }
+                Err(error) if is_reference_limit(&error) => {
+                    self.rows.get_mut(id).stall = Stall::References;
+                    return Ok(0);
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -144,11 +152,10 @@ impl Scheduler {
     /// less than `wanted` they are looked up again only now and then: a long prompt makes many lookups, and what is
     /// held of it changes little between steps.
     fn held_prefix(&mut self, request: u32, wanted: u64) -> Result<u64> {
-        const TURNS: u64 = 16;
         let r = &self.requests[request];
         if let Some((blocks, turn)) = r.held_prefix
             && blocks < wanted
-            && self.turns < turn + TURNS
+            && self.turns < turn + HELD_PREFIX_TURNS
         {
             return Ok(blocks);
         }
@@ -246,8 +253,7 @@ impl Scheduler {
                 return Ok(Some(Reason::Blocks { needed, available }));
             }
         }
-        self.start(request)?;
-        Ok(None)
+        self.start(request)
     }
 
     /// Blocks that a running sequence, with the siblings that wait for it, may still take while each grows by

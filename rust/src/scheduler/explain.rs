@@ -42,6 +42,8 @@ pub enum Reason {
     RunningShortOfBlocks,
     /// The last plan had no room for its block table; it has in one of the next.
     TableUpdates,
+    /// A block that it would share has as many references as can be counted: other owners hold it 2³² − 1 times.
+    References,
     /// Requests are admitted in order, and this one is next before it.
     Behind {
         /// The request just before it in the line.
@@ -78,6 +80,7 @@ impl fmt::Display for Reason {
             Self::Blocks { needed, available } => write!(f, "blocks (needed {needed}, available {available})"),
             Self::RunningShortOfBlocks => f.write_str("running requests are short of blocks"),
             Self::TableUpdates => f.write_str("table updates"),
+            Self::References => f.write_str("references to a block it shares"),
             Self::Behind { request_id } => write!(f, "behind {request_id}"),
             Self::NotConsidered => f.write_str("next step"),
         }
@@ -116,6 +119,7 @@ impl Scheduler {
                 _ if others_served => None,
                 Stall::TokenBudget => Some(Reason::TokenBudget),
                 Stall::TableUpdates => Some(Reason::TableUpdates),
+                Stall::References => Some(Reason::References),
                 Stall::Blocks => Some(Reason::Blocks {
                     needed: short.0,
                     available: short.1,

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use super::Scheduler;
 use super::rows::{RECENT, Row, RowOwner, Rows};
 use super::update::Finished;
-use crate::error::{Error, Expected, Result};
+use super::{Reason, Scheduler};
+use crate::error::{BlockProblem, Error, Expected, Result};
 use crate::manager::KVCacheManager;
 use crate::policy::{self, Rank};
 use crate::request::{Child, EndReason, Request, RequestParams};
@@ -90,6 +90,7 @@ impl Scheduler {
 
     /// Ends a request, or the sequence `index` of it, for a reason of the caller's own ("stop" for a stop string, say).
     /// Returns what ended; no later update tells it again. Blocks go at once, or when the step in flight completes.
+    /// O(n + blocks given up + log waiting + rows).
     ///
     /// # Errors
     /// `UnknownRequest`; `InvalidArgument` if the request has no sequence `index`. One that ended before is no error,
@@ -107,7 +108,7 @@ impl Scheduler {
         Ok(ended)
     }
 
-    /// `finish` with the reason "abort", for the whole request.
+    /// `finish` with the reason "abort", for the whole request. O(n + blocks given up + log waiting + rows).
     ///
     /// # Errors
     /// `UnknownRequest`, also for one that has ended.
@@ -115,19 +116,27 @@ impl Scheduler {
         self.finish(request_id, &EndReason::Abort, None)
     }
 
-    /// Gives the request's first unfinished sequence its prefix hit and a row.
-    pub(super) fn start(&mut self, request: u32) -> Result<()> {
+    /// Gives the request's first unfinished sequence its prefix hit and a row; or says why it cannot share
+    /// the hit, and takes nothing.
+    pub(super) fn start(&mut self, request: u32) -> Result<Option<Reason>> {
         let r = &mut self.requests[request];
         let lead = r.lead();
         let seq = match r.children[lead].seq {
-            Some(seq) => {
-                self.manager.resume(seq)?;
-                seq
-            }
-            None => self
-                .manager
-                .add(&r.prompt, r.namespace.clone(), r.content_keys.clone())?,
+            Some(seq) => self.manager.resume(seq).map(|_| seq),
+            None => self.manager.add(&r.prompt, r.namespace.clone(), r.content_keys.clone()),
         };
+        let seq = match seq {
+            Err(error) if is_reference_limit(&error) => return Ok(Some(Reason::References)),
+            seq => seq?,
+        };
+        if r.live > 1 && !self.manager.can_share(seq, r.live - 1)? {
+            // The siblings could not fork: it would come back to the line each time that its prompt is computed.
+            match r.children[lead].seq {
+                Some(seq) => self.manager.preempt(seq, None)?,
+                None => self.manager.free(seq, None)?,
+            }
+            return Ok(Some(Reason::References));
+        }
         self.manager.claim(seq)?;
         if r.live == 1 {
             // From here on the manager keeps the tokens.
@@ -142,7 +151,8 @@ impl Scheduler {
         let row = self.take_row(request, lead);
         let hit = self.manager.num_computed_tokens(seq)?;
         self.rows.get_mut(row).leads = self.requests[request].leading;
-        self.seat(row, hit)
+        self.seat(row, hit)?;
+        Ok(None)
     }
 
     /// Takes the blocks and the rows of a running request and puts it back into its place in the line.
@@ -155,7 +165,8 @@ impl Scheduler {
         Ok(())
     }
 
-    fn stop_running(&mut self, request: u32) -> Result<()> {
+    /// Puts a running request back into its place in the line, without its blocks and rows. O(n + blocks).
+    pub(super) fn stop_running(&mut self, request: u32) -> Result<()> {
         let r = &mut self.requests[request];
         for child in r.children.iter_mut().filter(|child| child.is_live()) {
             let Some(row) = child.row.take() else {
@@ -273,6 +284,18 @@ impl Scheduler {
         }
         Ok(())
     }
+}
+
+/// Does the error say that a block has as many references as can be counted? Only other owners can bring that about.
+/// The manager has changed nothing then, so whoever wanted one more goes without, and nothing is broken.
+pub(super) const fn is_reference_limit(error: &Error) -> bool {
+    matches!(
+        error,
+        Error::Block {
+            problem: BlockProblem::TooManyReferences,
+            ..
+        }
+    )
 }
 
 /// Gives the manager the tokens of a row that it does not know.

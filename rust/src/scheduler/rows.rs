@@ -66,6 +66,8 @@ pub(crate) enum Stall {
     TokenBudget,
     /// The plan had no room for its block table changes.
     TableUpdates,
+    /// The source of a copy that it needs has as many references as can be counted.
+    References,
     /// Too few blocks, and nobody behind it to preempt; `RowOwner::short` says how few.
     Blocks,
 }

@@ -1,5 +1,6 @@
 //! Groups (`n > 1`): the siblings of a lead get their rows, and fork when the prompt is computed.
 
+use super::lifecycle::is_reference_limit;
 use super::{Draft, Scheduler};
 use crate::error::Result;
 
@@ -28,16 +29,24 @@ impl Scheduler {
 
     /// Forks the siblings of a lead whose prompt is computed; those that had tokens when the group was preempted
     /// get them back. O(siblings · (blocks + tokens they had)).
+    ///
+    /// Where a block of the lead has too many references for all of them, or for the lead to be told (both are other
+    /// owners' doing), the group goes back into the line: what it has computed is found again, and sampled then.
     pub(super) fn fork_siblings(&mut self, lead_row: u32) -> Result<()> {
         let request = self.rows.owner(lead_row).request;
         let lead = self.rows.owner(lead_row).index as usize;
+        self.tell_computed(lead_row)?;
+        let untold = self.rows.owner(lead_row).told < self.rows.get(lead_row).computed;
+        let siblings = self.requests[request].live - 1;
+        if untold || !self.manager.can_share(self.rows.seq(lead_row), siblings)? {
+            return self.stop_running(request);
+        }
         let r = self.rows.get_mut(lead_row);
         r.leads = false;
         // The lead's newest block is about to be shared: its next write has to ask for it.
         r.slots = r.computed;
         let computed = r.computed as usize;
         let lead_seq = self.rows.seq(lead_row);
-        self.tell_computed(lead_row)?;
         debug_assert!(computed >= self.requests[request].prompt_len as usize);
         let lead_request = &mut self.requests[request];
         lead_request.leading = false;
@@ -67,9 +76,12 @@ impl Scheduler {
         let prompt_len = r.prompt_len as usize;
         let mut output = Vec::new();
         if let Some(seq) = r.children[index].seq {
-            let hit = self.manager.resume(seq)?;
-            if hit >= prompt_len {
-                return Ok(hit);
+            match self.manager.resume(seq) {
+                Ok(hit) if hit >= prompt_len => return Ok(hit),
+                Ok(_) => {}
+                // Of its own, which others hold too often. It computes them again.
+                Err(error) if is_reference_limit(&error) => {}
+                Err(error) => return Err(error),
             }
             for position in prompt_len..self.manager.num_tokens(seq)? {
                 output.push(self.manager.token(seq, position)?);

@@ -1,9 +1,10 @@
 //! After a step: what it computed is committed, samples are appended, sequences end. Or it is undone.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use super::Scheduler;
-use super::lifecycle::tell_tokens;
+use super::lifecycle::{is_reference_limit, tell_tokens};
 use super::write::Started;
 use crate::copies::Pair;
 use crate::error::{Error, Expected, Result, StepProblem};
@@ -96,13 +97,14 @@ impl InFlight {
 impl Scheduler {
     /// Takes the samples of the step in flight: `sampled[k]` belongs to `sample_seqs[k]`. What belongs to sequences
     /// that ended since is ignored. `num_sampled` is 1 for each sample, if given; `failed[k]` ends the request of
-    /// sample k with "error", and nothing that this step computed of it is published.
+    /// sample k with "error": nothing that this step computed of it is published, and its other samples are ignored.
     ///
-    /// O(sequences of the step), and O(blocks) for those that end; no allocation unless one ends.
+    /// O(sequences of the step + its copies and blocks to zero), and O(blocks) for those that end or become full and
+    /// for those whose fence passes; no allocation unless a sequence ends.
     ///
     /// # Errors
     /// Nothing has changed on any of these. `Step` if `step` is not the one in flight; `InvalidArgument` for an array
-    /// of the wrong length; `TokenOutOfRange` for a sample outside the vocabulary.
+    /// of the wrong length; `TokenOutOfRange` for a sample outside the vocabulary that is not ignored.
     pub fn update(
         &mut self,
         step: Step,
@@ -142,9 +144,19 @@ impl Scheduler {
         if self.vocabulary.check(sampled).is_ok() {
             return Ok(());
         }
+        // Only now, since a server's samples are as a rule all in order: which of them count?
+        let request = |sample: &Sample| {
+            let live = self.rows.get(sample.row).uid == sample.uid;
+            live.then(|| self.rows.owner(sample.row).request)
+        };
+        let failed: HashSet<u32> = due
+            .iter()
+            .zip(failed.unwrap_or_default())
+            .filter_map(|(sample, &failed)| request(sample).filter(|_| failed))
+            .collect();
         for (position, (&token, sample)) in sampled.iter().zip(due).enumerate() {
-            let ignored = self.rows.get(sample.row).uid != sample.uid || failed.is_some_and(|failed| failed[position]);
-            if !ignored && !self.vocabulary.contains(token) {
+            let counts = request(sample).is_some_and(|request| !failed.contains(&request));
+            if counts && !self.vocabulary.contains(token) {
                 return Err(self.vocabulary.refuse(token, position));
             }
         }
@@ -190,7 +202,7 @@ impl Scheduler {
         self.stats.scheduled_tokens += self.in_flight.num_tokens as u64;
         self.stats.block_copies += self.in_flight.copies.len() as u64;
         self.stats.blocks_zeroed += self.in_flight.blocks_to_zero.len() as u64;
-        self.in_flight.blocks_to_zero.clear();
+        self.manager.lives_were_zeroed(&mut self.in_flight.blocks_to_zero);
         self.manager.copies_were_made(&mut self.in_flight.copies)?;
         let mut result = std::mem::take(&mut self.result);
         result.finished.clear();
@@ -239,7 +251,7 @@ impl Scheduler {
             if full || stopped || more_stops {
                 let owner = self.rows.owner(sample.row);
                 let (request, index) = (owner.request, owner.index as usize);
-                let stopped = stopped || self.requests[request].stop.contains(&token);
+                let stopped = stopped || self.requests[request].stop.binary_search(&token).is_ok();
                 if stopped || full {
                     let reason = if stopped { EndReason::Stop } else { EndReason::Length };
                     self.end(request, Some(index), &reason, &mut result.finished)?;
@@ -259,23 +271,28 @@ impl Scheduler {
         pool.complete_step(step, cache)
     }
 
-    /// Tells the manager what is computed of a sequence, which publishes the blocks that are full.
+    /// Tells the manager what is computed of a sequence, which publishes the blocks that are full. Not where the cache
+    /// has one of them already, with as many references as can be counted: that is left to the end of the next block.
     pub(super) fn tell_computed(&mut self, row: u32) -> Result<()> {
         tell_tokens(&mut self.manager, &mut self.rows, row)?;
         let (seq, told) = (self.rows.seq(row), self.rows.get(row).computed);
         let computed = told as usize;
-        let changed = self.manager.commit(seq, computed)?;
+        let block_size = self.config.block_size;
+        self.rows.get_mut(row).commit_at = u32::try_from((computed / block_size + 1) * block_size).unwrap_or(u32::MAX);
+        let changed = match self.manager.commit(seq, computed) {
+            Err(error) if is_reference_limit(&error) => return Ok(()),
+            changed => changed?,
+        };
         self.rows.owner_mut(row).told = told;
-        let r = self.rows.get_mut(row);
-        r.table_changed(changed, self.manager.table(seq)?.len());
-        r.commit_at =
-            u32::try_from((computed / self.config.block_size + 1) * self.config.block_size).unwrap_or(u32::MAX);
+        let table_len = self.manager.table(seq)?.len();
+        self.rows.get_mut(row).table_changed(changed, table_len);
         Ok(())
     }
 
     /// Undoes the step in flight, as if it had not been scheduled: nothing of it counts as computed, and what its
     /// plan told (copies, blocks to zero, table changes, rows) is told again by the next one. Preemptions and
-    /// admissions stay. O(sequences of the step).
+    /// admissions stay. O(sequences of the step + copies + blocks to zero + blocks whose fence passes), and
+    /// O(pending copies) for each copy that another one was made from meanwhile.
     ///
     /// # Errors
     /// `Step` if `step` is not the one in flight.

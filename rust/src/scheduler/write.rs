@@ -177,7 +177,7 @@ impl Writer<'_> {
                 plan.slot_mapping[token] = row.slot_base + i64::from(row.computed);
                 token += 1;
             } else {
-                token = self.chunk(i, id, token)?;
+                token = self.chunk(id, token)?;
             }
             let plan = &mut self.plan;
             plan.query_start_loc[i + 1] = int32(token);
@@ -282,7 +282,7 @@ impl Writer<'_> {
 
     /// Writes the tokens of row `id` from `token` on, block by block, and finds the place of the one after them.
     /// Returns where the next row's tokens start.
-    fn chunk(&mut self, i: usize, id: u32, token: usize) -> Result<usize> {
+    fn chunk(&mut self, id: u32, token: usize) -> Result<usize> {
         let (block_size, seq) = (self.block_size, self.rows.seq(id));
         let row = self.rows.get_mut(id);
         let (start, stop) = (row.computed, row.computed + row.scheduled);
@@ -292,8 +292,9 @@ impl Writer<'_> {
         for (position, p) in self.plan.positions[range.clone()].iter_mut().zip(int32(start)..) {
             *position = p;
         }
-        let table = &self.plan.block_table[i * self.plan.row_stride..][..self.plan.row_stride];
-        let block = |position: u32| BlockId(table[(position / block_size) as usize].cast_unsigned());
+        // Not from the plan's own table, which is memory that its readers can write to.
+        let blocks = self.manager.table(seq)?;
+        let block = |position: u32| blocks[(position / block_size) as usize];
         let mut slots = self.plan.slot_mapping[range.clone()].iter_mut();
         let mut position = start;
         while position < stop {

@@ -62,7 +62,8 @@ impl Others {
             4 => {
                 if let Some(foreign) = self.any(rng) {
                     let foreign = self.foreign.swap_remove(foreign);
-                    manager.free(foreign.seq, None).unwrap();
+                    let after = fence(rng, manager);
+                    manager.free(foreign.seq, after).unwrap();
                 }
             }
             5 => self.preempt_or_resume(rng, manager),
@@ -135,7 +136,8 @@ impl Others {
             manager.resume(seq).unwrap();
             self.ask(which, manager);
         } else {
-            manager.preempt(seq, None).unwrap();
+            let after = fence(rng, manager);
+            manager.preempt(seq, after).unwrap();
         }
     }
 
@@ -143,7 +145,8 @@ impl Others {
         let Some(which) = self.any(rng) else { return };
         let foreign = &mut self.foreign[which];
         let len = rng.between(1, foreign.tokens.len());
-        manager.truncate(foreign.seq, len, None).unwrap();
+        let after = fence(rng, manager);
+        manager.truncate(foreign.seq, len, after).unwrap();
         foreign.tokens.truncate(len);
         self.ask(which, manager);
     }
@@ -245,6 +248,15 @@ impl Others {
         let (pool, cache) = manager.parts_mut();
         pool.release(&self.retained, None, cache).unwrap();
         self.retained.clear();
+    }
+}
+
+/// The last step that may read what a foreign sequence gives back. None does, so whatever has begun will do.
+fn fence(rng: &mut Rng, manager: &KVCacheManager) -> Option<u64> {
+    match rng.below(3) {
+        0 => None,
+        1 => Some(0),
+        _ => Some(manager.pool().completed_through()),
     }
 }
 
