@@ -57,3 +57,11 @@ def gives_way(call: Callable[[], object]) -> bool:
     finally:
         sys.setswitchinterval(before)
         thread.join()
+
+
+def gives_way_at_last(prepare: Callable[[], Callable[[], object]]) -> bool:
+    """Whether one of many calls, each prepared anew, gives way.
+
+    The other thread has the length of the call to wake up in, and a busy machine may take longer, many times over.
+    """
+    return any(gives_way(prepare()) for _ in range(50))
