@@ -65,15 +65,20 @@ class Tokenizer:
         """
         from transformers import AutoTokenizer
 
+        failure: Exception | None = None
         try:
-            return cls(AutoTokenizer.from_pretrained(location, **options))
-        except Exception as error:
-            if "gguf_file" not in options and not _has_files(location):
-                logger.info("no tokenizer in %s: token ids only", location)
-                return None
+            tokenizer = AutoTokenizer.from_pretrained(location, **options)
+        except Exception as error:  # noqa: BLE001  # it raises whatever the files' readers do; told below
+            failure = error
+        # Asked last, when a repository's files are here. Without any, transformers makes some tokenizers up.
+        if "gguf_file" not in options and not _has_files(location):
+            logger.info("no tokenizer in %s: token ids only", location)
+            return None
+        if failure is not None:
             raise InvalidArgumentError(
-                f"the tokenizer of {location} could not be read: {error}", argument="model", got=location
-            ) from error
+                f"the tokenizer of {location} could not be read: {failure}", argument="model", got=location
+            ) from failure
+        return cls(tokenizer)
 
     @property
     def eos_token_id(self) -> int | None:
