@@ -163,6 +163,12 @@ def test_prepared_twice_is_added_once(engine, expected):
     assert last[0].outputs[0].token_ids == expected[0]
 
 
+def test_one_id_is_no_set_of_ids(engine):
+    with pytest.raises(InvalidArgumentError, match="only is 'a1', not a set of request ids"):
+        engine.step(only="a1")
+    assert engine.step(only={"a1"}) == []
+
+
 def test_steps_without_requests(engine):
     assert engine.step() == []
     assert not engine.has_unfinished

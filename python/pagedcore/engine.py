@@ -275,14 +275,16 @@ class Engine:
         """Computes one step. Returns the requests that got a token, or ended, in it; empty while prompts are being
         computed.
 
-        With ``only`` the others' news is kept, and returned by the next call that wants it. A call that has such news
-        to return computes nothing.
+        With ``only``, a set of request ids, the others' news is kept, and returned by the next call that wants it. A
+        call that has such news to return computes nothing.
 
         A request whose logits are not numbers ends with reason ``error``, and so do those of a step that raised; the
         others go on. An interrupt (KeyboardInterrupt) is raised, and loses nothing: the next call finishes the step,
         or begins it again.
         """
         self._check_open()
+        if isinstance(only, str):  # a container too, of its parts
+            raise InvalidArgumentError(f"only is {only!r}, not a set of request ids", argument="only", got=only)
         self._settle()
         if self._requests and not any(only is None or request_id in only for request_id in self._news):
             self._compute()
