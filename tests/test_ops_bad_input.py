@@ -272,6 +272,10 @@ def test_bad_block_ids(bad: int) -> None:
         ("scale", float("nan"), "scale: expected a finite float32"),
         ("scale", float("inf"), "scale: expected a finite float32"),
         ("scale", 1e300, "scale: expected a finite float32"),
+        ("softcap", -1.0, "softcap: expected a finite float32, 0"),
+        ("softcap", float("nan"), "softcap: expected a finite float32, 0"),
+        ("softcap", float("inf"), "softcap: expected a finite float32, 0"),
+        ("softcap", 1e-300, "softcap: expected a finite float32, 0"),
         ("window", 0, "window: expected 1 or more, got 0"),
         ("window", -(2**63), "window: expected 1 or more"),
         ("num_threads", 0, "num_threads: expected 1 or more, got 0"),
@@ -288,7 +292,9 @@ def test_bad_options(name: str, value: object, message: str) -> None:
         call_attention(**{name: value})
 
 
-@pytest.mark.parametrize("name", ["scale", "window", "num_threads", "split_size", "max_query_len", "max_seq_len"])
+@pytest.mark.parametrize(
+    "name", ["scale", "softcap", "window", "num_threads", "split_size", "max_query_len", "max_seq_len"]
+)
 @pytest.mark.parametrize("value", ["x", [1], 2**200])
 def test_options_of_another_type(name: str, value: object) -> None:
     with pytest.raises((InvalidArgumentError, TypeError), match=f"^{name}: expected"):
@@ -306,16 +312,24 @@ def test_window_without_causal() -> None:
         call_attention(window=3, causal=False)
 
 
-@pytest.mark.parametrize("name", ["alibi_slopes", "sinks", "k_scale", "v_scale", "plan", "workspace"])
+@pytest.mark.parametrize("name", ["k_scale", "v_scale", "plan", "workspace"])
 def test_not_built_yet(name: str) -> None:
     with pytest.raises(UnsupportedError, match=f"^{name}: expected None") as caught:
         call_attention(**{name: torch.ones(4)})
     assert caught.value.argument == name
-    with pytest.raises(UnsupportedError, match=r"^softcap: expected 0.0 \(none\), got 30.0"):
-        call_attention(softcap=30.0)
     for scale in ("k_scale", "v_scale"):
         with pytest.raises(UnsupportedError, match=f"^{scale}: expected None"):
             call_cache(**{scale: torch.ones(1)})
+
+
+@pytest.mark.parametrize("name", ["alibi_slopes", "sinks"])
+def test_values_of_each_head(name: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"^{name}: expected dtype float32, got float16"):
+        call_attention(**{name: torch.zeros(4, dtype=torch.float16)})
+    with pytest.raises(InvalidArgumentError, match=rf"^{name}: expected num_heads = 4 on axis 0"):
+        call_attention(**{name: torch.zeros(2)})
+    with pytest.raises(InvalidArgumentError, match=f"^{name}: expected shape"):
+        call_attention(**{name: torch.zeros(1, 4)})
 
 
 # Shapes that do not work together

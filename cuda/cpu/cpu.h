@@ -9,8 +9,7 @@
 
 namespace pagedcore::cpu {
 
-// split_size: -1 the planner decides, 0 no split, n pieces of n tokens.
-void paged_attention(const AttentionParams& params, int64_t split_size, int num_threads);
+void paged_attention(const AttentionParams& params, int num_threads);
 
 void reshape_and_cache(const CacheWriteParams& params, int64_t num_blocks, int num_threads);
 

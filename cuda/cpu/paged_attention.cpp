@@ -82,6 +82,12 @@ void check_indices(const AttentionParams& p) {
   }
 }
 
+void refuse_features(const AttentionParams& p) {
+  if (p.softcap != 0.0f) throw ArgumentError(Fault::unsupported, "softcap", "0.0 (none)", std::to_string(p.softcap));
+  if (p.alibi_slopes) throw ArgumentError(Fault::unsupported, "alibi_slopes", "None", "slopes");
+  if (p.sinks) throw ArgumentError(Fault::unsupported, "sinks", "None", "logits");
+}
+
 // Memory that a calling thread keeps between its calls, so that a decode step allocates nothing once it has run.
 class Arena {
  public:
@@ -197,11 +203,12 @@ void run_items(const AttentionParams& p, const Isa& isa, const Plan& plan, int n
 
 }  // namespace
 
-void paged_attention(const AttentionParams& p, int64_t split_size, int num_threads) {
+void paged_attention(const AttentionParams& p, int num_threads) {
+  refuse_features(p);
   check_indices(p);
   const Isa& isa = selected_isa();
   thread_local Plan plan;
-  make_plan(p, isa, split_size, num_threads, plan);
+  make_plan(p, isa, num_threads, plan);
   if (!plan.items.empty()) run_items(p, isa, plan, num_threads);
   // Query rows past the last sequence are padding: they see no key. Cleared last: all that can fail is behind, so where
   // memory was not to be had nothing was written.

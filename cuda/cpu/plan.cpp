@@ -40,7 +40,7 @@ void append_split(const WorkItem& whole, int64_t piece, Plan& plan) {
 
 }  // namespace
 
-void make_plan(const AttentionParams& p, const Isa& isa, int64_t split_size, int num_threads, Plan& plan) {
+void make_plan(const AttentionParams& p, const Isa& isa, int num_threads, Plan& plan) {
   plan.items.clear();
   plan.order.clear();
   plan.groups.clear();
@@ -74,16 +74,17 @@ void make_plan(const AttentionParams& p, const Isa& isa, int64_t split_size, int
   const bool distribute = num_threads > 1 && wholes.size() < static_cast<size_t>(num_threads) * kItemsPerThread;
   for (WorkItem& item : wholes) {
     const int64_t keys = item.key_end - item.key_begin;
-    if (split_size > 0) {
-      const int64_t pieces = item.key_end > 0 ? (item.key_end - 1) / split_size - item.key_begin / split_size + 1 : 0;
+    if (p.split_size > 0) {
+      const int64_t pieces =
+          item.key_end > 0 ? (item.key_end - 1) / p.split_size - item.key_begin / p.split_size + 1 : 0;
       const int64_t floats = pieces * item.rows(group) * (p.v_head_dim + isa.chunk);
       // Pieces on one thread are folded one by one, to the same bits.
       if (pieces > 1 && distribute && floats <= kMostPartialFloats / static_cast<int64_t>(wholes.size())) {
-        append_split(item, split_size, plan);
+        append_split(item, p.split_size, plan);
         continue;
       }
-      item.piece_size = pieces > 1 ? split_size : 0;
-    } else if (split_size < 0 && num_threads > 1 && keys > kMinPiece) {
+      item.piece_size = pieces > 1 ? p.split_size : 0;
+    } else if (p.split_size < 0 && num_threads > 1 && keys > kMinPiece) {
       const int64_t pieces = std::min(ceil_div(cost_of(p, item), limit), keys / kMinPiece);
       if (pieces > 1) {
         append_split(item, ceil_div(ceil_div(keys, pieces), kPieceAlign) * kPieceAlign, plan);

@@ -25,6 +25,6 @@ struct Plan {
   int64_t cost = 0;         // keys x rows over all items, for choosing the number of threads
 };
 
-void make_plan(const AttentionParams& params, const Isa& isa, int64_t split_size, int num_threads, Plan& plan);
+void make_plan(const AttentionParams& params, const Isa& isa, int num_threads, Plan& plan);
 
 }  // namespace pagedcore::cpu

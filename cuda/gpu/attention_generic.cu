@@ -123,6 +123,8 @@ void run(const AttentionParams& p, Stream stream) {
 }  // namespace
 
 void attention_generic(const AttentionParams& p, Stream stream) {
+  if (p.softcap != 0.0f || p.alibi_slopes || p.sinks)
+    throw std::invalid_argument("attention with a soft cap, ALiBi or sinks");
   if (p.num_tokens == 0) return;
   switch (p.dtype) {
     case DType::f32:

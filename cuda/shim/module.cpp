@@ -50,6 +50,9 @@ AttentionParams attention_params(const py::dict& fields) {
   p.query_start_loc = pointer<const int32_t>(fields, "query_start_loc");
   p.out = pointer<void>(fields, "out");
   p.lse = pointer<float>(fields, "lse");
+  p.alibi_slopes = pointer<const float>(fields, "alibi_slopes");
+  p.sinks = pointer<const float>(fields, "sinks");
+  p.split_size = -1;
 #define PAGEDCORE_FIELD(name) set(p.name, fields, #name)
   PAGEDCORE_FIELD(query_token_stride);
   PAGEDCORE_FIELD(query_head_stride);
@@ -69,7 +72,9 @@ AttentionParams attention_params(const py::dict& fields) {
   PAGEDCORE_FIELD(v_head_dim);
   PAGEDCORE_FIELD(block_size);
   PAGEDCORE_FIELD(window);
+  PAGEDCORE_FIELD(split_size);
   PAGEDCORE_FIELD(scale);
+  PAGEDCORE_FIELD(softcap);
   PAGEDCORE_FIELD(causal);
 #undef PAGEDCORE_FIELD
   p.dtype = dtype_of(py::cast<std::string>(fields["dtype"]));

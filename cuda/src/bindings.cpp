@@ -79,6 +79,9 @@ constexpr Signature kPagedAttention{
     "scale",
     "causal",
     "window",
+    "softcap",
+    "alibi_slopes",
+    "sinks",
     "max_query_len",
     "max_seq_len",
     "block_table_rows",
@@ -90,7 +93,8 @@ bool given(PyObject* value) { return value && value != Py_None; }
 
 void paged_attention(const Arguments<kPagedAttention.count>& arguments) {
   const auto& [query, k_cache, v_cache, block_table, seq_lens, query_start_loc, out, lse, scale, causal, window,
-               max_query_len, max_seq_len, block_table_rows, split_size, num_threads] = arguments;
+               softcap, alibi_slopes, sinks, max_query_len, max_seq_len, block_table_rows, split_size, num_threads] =
+      arguments;
   // Scalars first: their conversion may run Python code, and tensors are only borrowed.
   AttentionParams p{};
   const auto given_scale = optional_float("scale", scale);
@@ -99,10 +103,15 @@ void paged_attention(const Arguments<kPagedAttention.count>& arguments) {
     p.window = at_least(1, "window", *tokens);
     if (!p.causal) throw ArgumentError(Fault::unsupported, "window", "causal=True with a window", "causal=False");
   }
+  const double cap = optional_float("softcap", softcap).value_or(0.0);
+  if (!(cap >= 0.0) || !std::isfinite(static_cast<float>(cap)) || (cap > 0.0 && static_cast<float>(cap) == 0.0f))
+    refuse("softcap", "a finite float32, 0 (none) or more", std::to_string(cap));
+  p.softcap = static_cast<float>(cap);
   p.max_query_len = at_least(0, "max_query_len", optional_int("max_query_len", max_query_len).value_or(INT64_MAX));
   p.max_seq_len = at_least(0, "max_seq_len", optional_int("max_seq_len", max_seq_len).value_or(INT64_MAX));
   const auto split = optional_int("split_size", split_size);
   if (split && *split < 0) refuse("split_size", "None, 0 or a number of tokens", std::to_string(*split));
+  p.split_size = split.value_or(-1);
   const int threads = threads_of(num_threads);
 
   const Tensor q("query", query), k("k_cache", k_cache), v("v_cache", v_cache), table("block_table", block_table),
@@ -123,15 +132,22 @@ void paged_attention(const Arguments<kPagedAttention.count>& arguments) {
   sizes.match(table, {given(block_table_rows) ? Axis::table_rows : Axis::num_seqs, Axis::max_blocks});
   sizes.match(loc, {Axis::num_starts});
   sizes.match(o, {Axis::num_tokens, Axis::num_heads, Axis::v_head_dim});
-  std::optional<Tensor> lse_tensor, rows_tensor;
-  const Tensor* rows = nullptr;
-  if (given(block_table_rows)) {
-    rows = &rows_tensor.emplace("block_table_rows", block_table_rows);
-    require_dtype(*rows, {DType::i32});
-    sizes.match(*rows, {Axis::num_seqs});
-  }
+  std::optional<Tensor> lse_tensor, rows_tensor, slopes_tensor, sinks_tensor;
+  const auto optional_tensor = [&](std::optional<Tensor>& place, const char* name, PyObject* value, DType dtype,
+                                   Axis axis) -> const Tensor* {
+    if (!given(value)) return nullptr;
+    const Tensor& tensor = place.emplace(name, value);
+    require_dtype(tensor, {dtype});
+    sizes.match(tensor, {axis});
+    return &tensor;
+  };
+  const Tensor* const rows =
+      optional_tensor(rows_tensor, "block_table_rows", block_table_rows, DType::i32, Axis::num_seqs);
+  const Tensor* const slopes =
+      optional_tensor(slopes_tensor, "alibi_slopes", alibi_slopes, DType::f32, Axis::num_heads);
+  const Tensor* const sink_logits = optional_tensor(sinks_tensor, "sinks", sinks, DType::f32, Axis::num_heads);
   require_writable(o);
-  require_disjoint(o, {&q, &k, &v, &table, &lens, &loc, rows});
+  require_disjoint(o, {&q, &k, &v, &table, &lens, &loc, rows, slopes, sink_logits});
 
   p.dtype = q.dtype;
   p.num_tokens = sizes[Axis::num_tokens];
@@ -162,6 +178,8 @@ void paged_attention(const Arguments<kPagedAttention.count>& arguments) {
   p.block_table_stride = table.strides[0];
   p.table_rows = static_cast<int32_t>(std::min<int64_t>(table.shape[0], INT32_MAX));
   p.block_table_rows = rows ? rows->as<const int32_t>() : nullptr;
+  p.alibi_slopes = slopes ? slopes->as<const float>() : nullptr;
+  p.sinks = sink_logits ? sink_logits->as<const float>() : nullptr;
   p.seq_lens = lens.as<const int32_t>();
   p.query_start_loc = loc.as<const int32_t>();
   p.out = o.data;
@@ -178,7 +196,7 @@ void paged_attention(const Arguments<kPagedAttention.count>& arguments) {
       sizes.match(t, {Axis::num_tokens, Axis::num_heads});
     }
     require_writable(t);
-    require_disjoint(t, {&q, &k, &v, &o, &table, &lens, &loc, rows});
+    require_disjoint(t, {&q, &k, &v, &o, &table, &lens, &loc, rows, slopes, sink_logits});
     p.lse = t.as<float>();
   }
 
@@ -187,7 +205,7 @@ void paged_attention(const Arguments<kPagedAttention.count>& arguments) {
     refuse("scale", "a finite float32", std::to_string(factor));
   p.scale = static_cast<float>(factor);
   require_isa();
-  without_gil([&] { cpu::paged_attention(p, split.value_or(-1), threads); });
+  without_gil([&] { cpu::paged_attention(p, threads); });
 }
 
 constexpr Signature kReshapeAndCache{"reshape_and_cache", 5, 5, "key", "value", "k_cache", "v_cache", "slot_mapping",
@@ -364,7 +382,8 @@ PyObject* any_torch_subclass(PyObject*, PyObject* const* objects, Py_ssize_t cou
 PyMethodDef methods[] = {
     PAGEDCORE_METHOD(paged_attention, kPagedAttention,
                      "(query, k_cache, v_cache, block_table, seq_lens, query_start_loc, out, lse=None, *, scale=None, "
-                     "causal=True, window=None, max_query_len=None, max_seq_len=None, block_table_rows=None, "
+                     "causal=True, window=None, softcap=0.0, alibi_slopes=None, sinks=None, max_query_len=None, "
+                     "max_seq_len=None, block_table_rows=None, "
                      "split_size=None, num_threads=None)"),
     PAGEDCORE_METHOD(reshape_and_cache, kReshapeAndCache,
                      "(key, value, k_cache, v_cache, slot_mapping, *, num_threads=None)"),

@@ -16,7 +16,7 @@ namespace pagedcore {
 // An argument list: `names` in order; the first `positional` may be given by position, the rest by name only; the first
 // `required` must be given.
 struct Signature {
-  static constexpr int kMaxArguments = 16;
+  static constexpr int kMaxArguments = 24;
 
   const char* function;
   int positional;

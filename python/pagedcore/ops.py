@@ -106,18 +106,24 @@ def paged_attention(
     Returns out ``[num_tokens, num_heads, v_head_dim]``, or ``(out, lse)`` if an lse is asked for: float32
     ``[num_tokens, num_heads]``, natural log. A row that sees no key (seq_len 0, padding) is 0, with lse -inf.
     """
-    if softcap != 0.0:
-        raise _unsupported("softcap", softcap, "0.0 (none)")
-    if not (alibi_slopes is sinks is k_scale is v_scale is plan is workspace is None):
-        _refuse_given(
-            alibi_slopes=alibi_slopes, sinks=sinks, k_scale=k_scale, v_scale=v_scale, plan=plan, workspace=workspace
-        )
+    if not (k_scale is v_scale is plan is workspace is None):
+        _refuse_given(k_scale=k_scale, v_scale=v_scale, plan=plan, workspace=workspace)
     if out is None:
         out = _new_out(query, v_cache)
     if lse is None and return_lse:
         lse = _new_lse(query)
     traced = needs_dispatcher(
-        query, k_cache, v_cache, block_table, seq_lens, query_start_loc, out, lse, block_table_rows
+        query,
+        k_cache,
+        v_cache,
+        block_table,
+        seq_lens,
+        query_start_loc,
+        out,
+        lse,
+        alibi_slopes,
+        sinks,
+        block_table_rows,
     )
     attend = _torch_ops().paged_attention if traced else _kernels.paged_attention
     attend(
@@ -132,6 +138,9 @@ def paged_attention(
         scale=scale,
         causal=causal,
         window=window,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
         max_query_len=max_query_len,
         max_seq_len=max_seq_len,
         block_table_rows=block_table_rows,

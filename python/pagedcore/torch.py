@@ -32,8 +32,8 @@ _SCHEMAS = {
     "paged_attention": (
         "(Tensor query, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, Tensor query_start_loc,"
         " Tensor(a!) out, Tensor(b!)? lse=None, *, float? scale=None, bool causal=True, int? window=None,"
-        " int? max_query_len=None, int? max_seq_len=None, Tensor? block_table_rows=None, int? split_size=None,"
-        " int? num_threads=None)"
+        " float softcap=0.0, Tensor? alibi_slopes=None, Tensor? sinks=None, int? max_query_len=None,"
+        " int? max_seq_len=None, Tensor? block_table_rows=None, int? split_size=None, int? num_threads=None)"
     ),
     "copy_blocks": "(Tensor(a!)[] caches, Tensor pairs, *, int? num_threads=None)",
     "zero_blocks": "(Tensor(a!)[] caches, Tensor blocks, *, int? num_threads=None)",
@@ -52,13 +52,20 @@ _AXES = {
     "block_table": ("num_seqs", "max_blocks"),
     "block_table_rows": ("num_seqs",),
     "query_start_loc": ("num_seqs + 1",),
+    "alibi_slopes": ("num_heads",),
+    "sinks": ("num_heads",),
     "out": ("num_tokens", "num_heads", "v_head_dim"),
     "lse": ("num_tokens", "num_heads"),
     "pairs": ("num_pairs", "2"),
     "blocks": ("count",),
 }
 _INT32 = ("seq_lens", "block_table", "block_table_rows", "query_start_loc", "pairs", "blocks")
-_FIXED_DTYPES = {**dict.fromkeys(_INT32, torch.int32), "slot_mapping": torch.int64, "lse": torch.float32}
+_FLOAT32 = ("lse", "alibi_slopes", "sinks")
+_FIXED_DTYPES = {
+    **dict.fromkeys(_INT32, torch.int32),
+    **dict.fromkeys(_FLOAT32, torch.float32),
+    "slot_mapping": torch.int64,
+}
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
