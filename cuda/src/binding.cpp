@@ -1,0 +1,53 @@
+#include "binding.h"
+
+#include <algorithm>
+#include <optional>
+#include <utility>
+
+#include "isa.h"
+#include "threads.h"
+
+namespace py = pybind11;
+
+namespace pagedcore {
+
+void refuse(const char* argument, std::string expected, std::string got) {
+  throw ArgumentError(Fault::invalid_argument, argument, std::move(expected), std::move(got));
+}
+
+int64_t at_least(int64_t least, const char* argument, int64_t value) {
+  if (value < least) refuse(argument, std::to_string(least) + " or more", std::to_string(value));
+  return value;
+}
+
+int32_t size32(const Tensor& tensor, const char* symbol, int64_t size, int64_t limit) {
+  if (size < 1 || size > limit) {
+    throw ArgumentError(Fault::invalid_argument, tensor.name,
+                        std::string(symbol) + " in [1, " + std::to_string(limit) + "]", std::to_string(size));
+  }
+  return static_cast<int32_t>(size);
+}
+
+int threads_of(PyObject* num_threads) {
+  // Many more threads than processors gain nothing, and a runtime that the system refuses one ends the process.
+  constexpr int kMostThreads = 64;
+  const std::optional<int64_t> wanted = optional_int("num_threads", num_threads);
+  const int most = cpu::max_threads();
+  if (!wanted) return most;
+  return static_cast<int>(std::min<int64_t>(at_least(1, "num_threads", *wanted), std::max(most, kMostThreads)));
+}
+
+// The environment variable is read by pagedcore.environment alone, once.
+void require_isa() {
+  if (cpu::isa_selected()) return;
+  const py::object variable = py::module_::import("pagedcore.environment").attr("CPU_ISA");
+  const py::object name = variable.attr("read")();
+  if (name.is_none()) {
+    cpu::select_best_isa();
+  } else {
+    const auto source = py::cast<std::string>(variable.attr("name"));
+    cpu::select_isa(source.c_str(), py::cast<std::string>(name).c_str());
+  }
+}
+
+}  // namespace pagedcore

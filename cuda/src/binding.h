@@ -1,0 +1,40 @@
+// What the binding of every op shares: scalars and sizes to plain numbers, refusals, the entry of a method table.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <initializer_list>
+#include <string>
+
+#include "call.h"
+#include "errors.h"
+#include "tensor.h"
+
+namespace pagedcore {
+
+// The functions of each file, ended by an empty entry.
+extern PyMethodDef cache_methods[];
+extern PyMethodDef probe_methods[];
+
+// The text is the signature as inspect and stubtest see it.
+#define PAGEDCORE_METHOD(function, signature, text)                                                     \
+  {#function, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&entry<signature, function>)), \
+   METH_FASTCALL | METH_KEYWORDS, #function text "\n--\n\n"}
+
+constexpr auto kFloats = {DType::f32, DType::f16, DType::bf16};
+
+[[noreturn]] void refuse(const char* argument, std::string expected, std::string got);
+
+inline bool given(PyObject* value) { return value && value != Py_None; }
+inline Pages pages_of(const Tensor& t) { return {t.data, t.strides[0], t.strides[1], t.strides[2]}; }
+
+// The value, which must be `least` or more.
+int64_t at_least(int64_t least, const char* argument, int64_t value);
+// A size that must be at least 1 and fit the 32 bits that kernels keep it in.
+int32_t size32(const Tensor& tensor, const char* symbol, int64_t size, int64_t limit = INT32_MAX);
+// How many threads a CPU op runs on: num_threads, or what the runtime that the process has says.
+int threads_of(PyObject* num_threads);
+// Chooses the instruction set at the first call that needs one.
+void require_isa();
+
+}  // namespace pagedcore
