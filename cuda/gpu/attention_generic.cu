@@ -9,6 +9,7 @@
 // Shared memory: head_dim floats of Q a warp.
 #include "gpu.h"
 #include "page_of_key.h"
+#include "pagedcore/device.h"
 #include "pagedcore/mask.h"
 #include "pagedcore/softmax.h"
 

@@ -6,6 +6,8 @@
 // Indices that are out of range are skipped: nothing on the host has read them.
 #include "gpu.h"
 
+#include "pagedcore/device.h"
+
 namespace pagedcore::gpu {
 namespace {
 

@@ -5,8 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "pagedcore/device.h"
 #include "pagedcore/params.h"
+#include "pagedcore/stream.h"
 
 namespace pagedcore::gpu {
 

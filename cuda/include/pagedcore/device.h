@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "pagedcore/formats.h"
+#include "pagedcore/stream.h"
 
 #if defined(__CUDACC__)
 #include "pagedcore/device_cuda.h"

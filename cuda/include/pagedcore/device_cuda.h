@@ -18,7 +18,6 @@ namespace pagedcore::device {
 
 constexpr uint32_t kFullMask = 0xffffffffu;  // of warp collectives: all lanes take part
 
-using Stream = cudaStream_t;
 using Vec16 = uint4;
 
 PAGEDCORE_DEVICE int thread_id() { return static_cast<int>(threadIdx.x); }

@@ -16,8 +16,6 @@
 
 namespace pagedcore::device {
 
-using Stream = void*;
-
 struct alignas(16) Vec16 {
   uint32_t x, y, z, w;
 };
