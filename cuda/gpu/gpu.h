@@ -10,34 +10,24 @@
 
 namespace pagedcore::gpu {
 
-// One plain kernel for every dtype, head size, stride and block size (attention_generic.cu).
-void attention_generic(const AttentionParams& params, device::Stream stream);
+// paged_attention (paged_attention.cu): attention of this step's queries over paged KV. Which kernel runs is decided
+// from what the host knows, that is shapes, strides, alignment and max_query_len, never from lengths.
+//
+// A plan says how a step's work is cut, and is made on the device. Layers that agree in num_tokens, num_seqs, heads,
+// head sizes, dtype, window, causal, split_size, max_query_len, and in lengths and query starts, share one. To the
+// caller it is plan_bytes() bytes of device memory on 16 bytes. It and the workspace, workspace_bytes() bytes on 16,
+// belong to one stream: attention changes both, and leaves the plan as it found it.
+int64_t plan_bytes(const AttentionParams& params);
+int64_t workspace_bytes(const AttentionParams& params);
+void plan_attention(const AttentionParams& params, void* plan, device::Stream stream);
+void paged_attention(const AttentionParams& params, void* plan, void* workspace, device::Stream stream);
 
-// Device memory that a planned attention works with. It belongs to one stream. Layers that agree in everything a plan
-// depends on (lengths, window, heads) share one plan.
-struct WorkPlan {
-  int64_t* first_units;  // [num_seqs + 1] work units before each sequence, and in all
-  int32_t* counters;     // [grid] pieces that arrived, of the item that begins in each block and does not end there
-  float*
-      partials;  // [grid, 2, partial_floats(v_head_dim)] what a block has of the item it begins, ends, in the middle of
-  int grid;      // blocks of the attention kernel
-};
-
-struct PlannedAttention {
-  AttentionParams attention;
-  WorkPlan plan;
-};
-
-// Fills first_units and zeroes the counters.
-void plan_attention(const AttentionParams& params, const WorkPlan& plan, device::Stream stream);
-
-// Floats of a partial state of 16 rows (record.h).
-constexpr int64_t partial_floats(int64_t head_dim) { return 16 * (head_dim + 3); }
-
-// Whether the tensor-core kernel takes it; else why not, in words.
+// Null if the tensor-core kernels take it; else why not, in words.
 const char* why_not_tiled(const AttentionParams& params);
-// Tiles of 16 rows: decode, and a few query tokens a sequence (decode.cu).
-void attention_decode(const AttentionParams& params, const WorkPlan& plan, device::Stream stream);
+
+// One plain kernel for every dtype, head size, stride and block size, which needs no plan (attention_generic.cu): what
+// the tiled kernels do not take, and their oracle.
+void attention_generic(const AttentionParams& params, device::Stream stream);
 
 // This step's K and V to their slots; a slot that is negative or past the cache is skipped. Which of two tokens with
 // one slot is kept is not defined here.

@@ -1,10 +1,11 @@
-// plan_attention: the running sum of work units over the sequences, and counters at zero. One block; no host knows the
+// A plan: the running sum of work units over the sequences, and counters at zero. One block; no host knows the
 // lengths, so a captured graph plans anew at each replay.
 //
 // Cut: thread t sums sequences [t * n, (t + 1) * n), the sums are scanned in shared memory, and each thread writes its
 // own sequences' running sums. Shared memory: one int64 a thread.
-#include "gpu.h"
-#include "work.h"
+#include "plan.h"
+
+#include "pagedcore/device.h"
 
 namespace pagedcore::gpu {
 namespace {
@@ -48,8 +49,8 @@ PAGEDCORE_KERNEL(kThreads, 1) plan_kernel(const PlannedAttention params) {
 
 }  // namespace
 
-void plan_attention(const AttentionParams& p, const WorkPlan& plan, Stream stream) {
-  launch(plan_kernel, 1, 1, 1, kThreads, kThreads * sizeof(int64_t), stream, PlannedAttention{p, plan});
+void run_plan(const PlannedAttention& params, Stream stream) {
+  launch(plan_kernel, 1, 1, 1, kThreads, kThreads * sizeof(int64_t), stream, params);
 }
 
 }  // namespace pagedcore::gpu

@@ -10,13 +10,13 @@
 
 namespace pagedcore::gpu {
 
-// A state of a tile over some of its keys, in shared memory or in the workspace: m, the rounded and the exact sum of
-// each row, then its output.
-template <int kDim>
+// A state of a tile of kRows rows over some of its keys, in shared memory or in the workspace: m, the rounded and the
+// exact sum of each row, then its output.
+template <int kRows, int kDim>
 struct Record {
-  static constexpr int kFloats = kTileRows * (3 + kDim);
+  static constexpr int kFloats = kRows * (3 + kDim);
   static PAGEDCORE_MEMBER int stats(int row) { return row * 3; }
-  static PAGEDCORE_MEMBER int output(int row, int d) { return kTileRows * 3 + row * kDim + d; }
+  static PAGEDCORE_MEMBER int output(int row, int d) { return kRows * 3 + row * kDim + d; }
 };
 
 // Records over disjoint keys of one tile: the first, and `count - 1` more that are evenly spaced.
@@ -33,10 +33,10 @@ struct Folded {
   float m, rounded, exact, o;
 };
 
-// Column d of a row, folded over all parts in index order. kOthers: the records are other blocks' of this launch.
-template <int kDim, bool kOthers>
+// Column d of a row, folded over all parts, records of type At, in index order. kOthers: the records are other blocks'
+// of this launch.
+template <class At, bool kOthers>
 PAGEDCORE_DEVICE Folded fold(const Parts& parts, int row, int d) {
-  using At = Record<kDim>;
   const auto load = [](const float* p) { return kOthers ? device::load_coherent(p) : *p; };
   float m = -INFINITY;
   for (int i = 0; i < parts.count; ++i) m = device::max_of(m, load(parts[i] + At::stats(row)));

@@ -42,6 +42,19 @@ PAGEDCORE_FN int64_t units_of_sequence(const AttentionParams& p, int64_t seq_len
   return int64_t{p.num_kv_heads} * row_tiles(p, query_len) * key_units(p, seq_len, query_len).count;
 }
 
+// Device memory that a planned attention works with: in the caller's plan and workspace (paged_attention.cu).
+struct WorkPlan {
+  int64_t* first_units;  // [num_seqs + 1] work units before each sequence, and in all
+  int32_t* counters;     // [grid] pieces that arrived, of the item that begins in each block and does not end there
+  float* partials;       // [grid, 2] records (record.h): what a block has of items that others share
+  int grid;              // blocks of the attention kernel
+};
+
+struct PlannedAttention {
+  AttentionParams attention;
+  WorkPlan plan;
+};
+
 // Consecutive units of one item.
 struct Span {
   int seq;

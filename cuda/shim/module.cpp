@@ -71,6 +71,7 @@ AttentionParams attention_params(const py::dict& fields) {
   PAGEDCORE_FIELD(head_dim);
   PAGEDCORE_FIELD(v_head_dim);
   PAGEDCORE_FIELD(block_size);
+  PAGEDCORE_FIELD(max_query_len);
   PAGEDCORE_FIELD(window);
   PAGEDCORE_FIELD(split_size);
   PAGEDCORE_FIELD(scale);
@@ -82,13 +83,12 @@ AttentionParams attention_params(const py::dict& fields) {
 }
 
 // Plans and attends, `launches` times over one plan, as layers do.
-void attention_decode(const py::dict& fields, const py::dict& workspace, int grid, int launches) {
+void paged_attention(const py::dict& fields, uintptr_t plan, uintptr_t workspace, int launches) {
   const AttentionParams p = attention_params(fields);
-  if (const char* reason = gpu::why_not_tiled(p)) throw py::value_error(reason);
-  const gpu::WorkPlan plan{pointer<int64_t>(workspace, "first_units"), pointer<int32_t>(workspace, "counters"),
-                           pointer<float>(workspace, "partials"), grid};
-  gpu::plan_attention(p, plan, nullptr);
-  for (int i = 0; i < launches; ++i) gpu::attention_decode(p, plan, nullptr);
+  gpu::plan_attention(p, reinterpret_cast<void*>(plan), nullptr);
+  for (int i = 0; i < launches; ++i) {
+    gpu::paged_attention(p, reinterpret_cast<void*>(plan), reinterpret_cast<void*>(workspace), nullptr);
+  }
 }
 
 void reshape_and_cache(const py::dict& fields) {
@@ -137,6 +137,7 @@ PYBIND11_MODULE(PAGEDCORE_SHIM_MODULE, m) {
   namespace gpu = pagedcore::gpu;
   py::register_local_exception<shim::KernelFault>(m, "KernelFault", PyExc_RuntimeError);
   m.def("set_seed", &shim::set_seed);
+  m.def("set_multiprocessors", &shim::set_multiprocessors);
   m.def("allocate", [](size_t bytes) { return reinterpret_cast<uintptr_t>(shim::allocate(bytes)); });
   m.def("reserve", [](size_t bytes) { return reinterpret_cast<uintptr_t>(shim::allocate(bytes, false)); });
   m.def("release", [](uintptr_t memory) { shim::release(reinterpret_cast<void*>(memory)); });
@@ -148,9 +149,11 @@ PYBIND11_MODULE(PAGEDCORE_SHIM_MODULE, m) {
   });
   m.def("attention_generic",
         [](const py::dict& fields) { gpu::attention_generic(shim::attention_params(fields), nullptr); });
-  m.def("attention_decode", &shim::attention_decode, py::arg("fields"), py::arg("workspace"), py::arg("grid"),
+  m.def("why_not_tiled", [](const py::dict& fields) { return gpu::why_not_tiled(shim::attention_params(fields)); });
+  m.def("plan_bytes", [](const py::dict& fields) { return gpu::plan_bytes(shim::attention_params(fields)); });
+  m.def("workspace_bytes", [](const py::dict& fields) { return gpu::workspace_bytes(shim::attention_params(fields)); });
+  m.def("paged_attention", &shim::paged_attention, py::arg("fields"), py::arg("plan"), py::arg("workspace"),
         py::arg("launches") = 1);
-  m.def("partial_floats", &gpu::partial_floats);
   py::class_<shim::Recording>(m, "Recording", py::module_local(),
                               "Launches from now until stop() are put aside; replay() runs them.")
       .def(py::init<>())

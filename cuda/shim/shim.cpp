@@ -39,6 +39,8 @@ struct Thread {
 
 struct Runtime {
   Random random;
+  uint64_t seed = 0;
+  int multiprocessors = 6;
   ThreadIndex index{};
   std::vector<std::unique_ptr<Thread>> threads;  // made once, reused by every block
   std::vector<int> ready;
@@ -283,7 +285,13 @@ void launch(const LaunchShape& shape, std::function<void()> body) {
   }
 }
 
-void set_seed(uint64_t seed) { runtime().random.seed(seed); }
+void set_seed(uint64_t seed) {
+  runtime().random.seed(seed);
+  runtime().seed = seed;
+}
+
+void set_multiprocessors(int count) { runtime().multiprocessors = count; }
+int multiprocessors() { return runtime().multiprocessors; }
 
 Recording::Recording() {
   if (runtime().recording != nullptr) throw KernelFault("launches are being recorded already");
@@ -387,9 +395,11 @@ void atomic_access(const void* address) { races::atomic(runtime().running->id, a
 
 float approximate(float exact, int ulps) {
   if (!std::isfinite(exact) || exact == 0.0f) return exact;
-  const auto offset = static_cast<int>(runtime().random.below(static_cast<uint64_t>(2 * ulps + 1))) - ulps;
   uint32_t bits;
   std::memcpy(&bits, &exact, sizeof bits);
+  Random random;
+  random.seed(runtime().seed << 32 ^ bits);
+  const auto offset = static_cast<int>(random.below(static_cast<uint64_t>(2 * ulps + 1))) - ulps;
   bits += static_cast<uint32_t>(offset);
   float result;
   std::memcpy(&result, &bits, sizeof result);

@@ -45,6 +45,10 @@ void launch(const LaunchShape& shape, std::function<void()> body);
 // What decides the order of blocks and threads, and the errors of approximate instructions.
 void set_seed(uint64_t seed);
 
+// Of the device: kernels that fill it launch that many blocks. 6 at first.
+void set_multiprocessors(int count);
+int multiprocessors();
+
 // Launches are put aside instead of run, as in the capture of a graph, and run by `replay` with what device memory
 // holds then.
 class Recording {
@@ -95,7 +99,7 @@ void fence();
 void atomic_access(const void* address);
 
 // `exact`, off by at most `ulps` units in the last place: the error that an approximate instruction is documented to
-// have.
+// have. It depends on the seed and on `exact` alone, as an instruction gives one operand one result.
 float approximate(float exact, int ulps);
 
 }  // namespace pagedcore::shim

@@ -120,6 +120,7 @@ class Attention:
             "head_dim": head_dim,
             "v_head_dim": v_head_dim,
             "block_size": block_size,
+            "max_query_len": int(batch.query_start_loc.diff().max()) if len(batch.seq_lens) else num_tokens,
             "window": window or 0,
             "scale": head_dim**-0.5,
             "causal": causal,
@@ -129,17 +130,15 @@ class Attention:
             self.fields["block_table_rows"] = device.upload(block_table_rows)
 
     def launch(self, kernel: str, grid: int = 6, launches: int = 1) -> None:
-        """By "generic", or by "decode" over `grid` blocks, so many times over one plan."""
+        """By "generic", or "tiled" on a device of `grid` multiprocessors, so many times over one plan."""
         shim = self.device.shim
         if kernel == "generic":
             shim.attention_generic(self.fields)
             return
-        workspace = {
-            "first_units": self.device.allocate((self.fields["num_seqs"] + 1) * 8),
-            "counters": self.device.allocate(grid * 4),
-            "partials": self.device.allocate(grid * 2 * shim.partial_floats(self.fields["v_head_dim"]) * 4),
-        }
-        shim.attention_decode(self.fields, workspace, grid, launches)
+        assert shim.why_not_tiled(self.fields) is None
+        shim.set_multiprocessors(grid)
+        plan, workspace = (self.device.allocate(size(self.fields)) for size in (shim.plan_bytes, shim.workspace_bytes))
+        shim.paged_attention(self.fields, plan, workspace, launches)
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(out, lse)."""
@@ -150,7 +149,7 @@ class Attention:
 def attend(
     shim: Any, batch: Batch, kernel: str, *, grid: int = 6, launches: int = 1, seed: int = 0, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) of `batch` by one of the GPU kernels, "generic" or "decode"; options as `Attention` has them."""
+    """(out, lse) of `batch` by one of the GPU kernels, "generic" or "tiled"; options as `Attention` has them."""
     shim.set_seed(seed)
     with Device(shim) as device:
         attention = Attention(device, batch, **options)

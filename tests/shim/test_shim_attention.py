@@ -57,14 +57,14 @@ def test_generic_masks(plain_shim: Any, window: int | None, causal: bool) -> Non
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 192, 256])
 def test_decode_head_sizes(shim: Any, dtype: torch.dtype, head_dim: int) -> None:
     batch = make_batch(LENGTHS, [1] * 8, dtype=dtype, heads=(8, 2), head_dim=head_dim)
-    check(batch, *attend(shim, batch, "decode"))
+    check(batch, *attend(shim, batch, "tiled"))
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (8, 8), (32, 8), (28, 4), (71, 1)], ids=str)
 @pytest.mark.parametrize("query_len", [1, 2, 5])
 def test_decode_groups(plain_shim: Any, heads: tuple[int, int], query_len: int) -> None:
     batch = make_batch([40, 200, 0, 7], [query_len, 1, 1, query_len], dtype=torch.bfloat16, heads=heads)
-    check(batch, *attend(plain_shim, batch, "decode"))
+    check(batch, *attend(plain_shim, batch, "tiled"))
 
 
 @pytest.mark.parametrize("grid", [1, 2, 3, 7, 40])
@@ -72,33 +72,33 @@ def test_decode_groups(plain_shim: Any, heads: tuple[int, int], query_len: int) 
 def test_decode_however_the_work_is_cut(shim: Any, grid: int, seed: int) -> None:
     """Items whole, split in two and over many blocks, in any order of arrival; twice over one plan, as layers do."""
     batch = make_batch([700, 3, 64, 300], [1, 1, 1, 2], dtype=torch.float16, heads=(4, 2), seed=seed)
-    check(batch, *attend(shim, batch, "decode", grid=grid, launches=2, seed=seed))
+    check(batch, *attend(shim, batch, "tiled", grid=grid, launches=2, seed=seed))
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16, 64, 128])
 @pytest.mark.parametrize("order", ["HND", "NHD", "heads first"])
 def test_decode_layouts(plain_shim: Any, block_size: int, order: str) -> None:
     batch = make_batch(LENGTHS, [1] * 8, dtype=torch.bfloat16, block_size=block_size, order=order)
-    check(batch, *attend(plain_shim, batch, "decode"))
+    check(batch, *attend(plain_shim, batch, "tiled"))
 
 
 @pytest.mark.parametrize("window", [1, 16, 33, 64, 1000])
 def test_decode_window(shim: Any, window: int) -> None:
     batch = make_batch([0, 1, 17, 64, 65, 300], [1, 1, 4, 1, 1, 3], dtype=torch.bfloat16, window=window)
-    check(batch, *attend(shim, batch, "decode", window=window), window=window)
+    check(batch, *attend(shim, batch, "tiled", window=window), window=window)
 
 
 def test_decode_ignores_blocks_out_of_range(plain_shim: Any) -> None:
     """Their keys are masked: the sequence is as long as what is left."""
     batch = make_batch([48], [1], dtype=torch.bfloat16)
     batch.block_table[0, 2] = len(batch.k_cache)
-    out, lse = attend(plain_shim, batch, "decode")
+    out, lse = attend(plain_shim, batch, "tiled")
     shorter = make_batch([48], [1], dtype=torch.bfloat16)
     shorter.seq_lens[0] = 32
     check(shorter, out, lse)
 
 
-KERNELS = pytest.mark.parametrize("kernel", ["generic", "decode"])
+KERNELS = pytest.mark.parametrize("kernel", ["generic", "tiled"])
 
 
 @KERNELS
@@ -170,7 +170,7 @@ def test_a_recorded_step_runs_with_other_lengths(shim: Any) -> None:
     with Device(shim) as device:
         attention = Attention(device, batch)
         recording = shim.Recording()
-        attention.launch("decode", grid=7, launches=2)
+        attention.launch("tiled", grid=7, launches=2)
         recording.stop()
         for lengths in ([100, 300, 0, 64], [7, 290, 0, 0], [97, 1, 0, 33]):
             batch.seq_lens = torch.tensor(lengths, dtype=torch.int32)
@@ -195,7 +195,12 @@ def test_offsets_past_32_bits(plain_shim: Any, kernel: str) -> None:
         ({"order": "strided"}, "rows of k_cache"),
     ],
 )
-def test_decode_says_why_not(plain_shim: Any, options: dict[str, Any], reason: str) -> None:
+def test_says_why_not_tiled(plain_shim: Any, options: dict[str, Any], reason: str) -> None:
+    """Which the generic kernel then takes, without a plan."""
     batch = make_batch([20], [1], **{"dtype": torch.bfloat16, **options})
-    with pytest.raises(ValueError, match=reason):
-        attend(plain_shim, batch, "decode")
+    with Device(plain_shim) as device:
+        attention = Attention(device, batch)
+        assert reason in plain_shim.why_not_tiled(attention.fields)
+        assert plain_shim.plan_bytes(attention.fields) == plain_shim.workspace_bytes(attention.fields) == 0
+        plain_shim.paged_attention(attention.fields, 0, 0)
+        check(batch, *attention.result())

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <stdexcept>
 #include <string>
 
@@ -116,10 +117,33 @@ inline void check(cudaError_t error, const char* what) {
 }
 
 template <class Params>
-void prepare(void (*kernel)(Params), size_t shared_bytes) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-        "cudaFuncSetAttribute");
-}
+class Residency {
+ public:
+  constexpr Residency(void (*kernel)(Params), int threads, int shared_bytes)
+      : kernel_(kernel), threads_(threads), shared_bytes_(shared_bytes) {}
+
+  int blocks() const {
+    int device = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    std::atomic<int>& known = known_[device % kDevices];
+    if (int blocks = known.load(std::memory_order_acquire); blocks > 0 && device < kDevices) return blocks;
+    check(cudaFuncSetAttribute(kernel_, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes_),
+          "cudaFuncSetAttribute");
+    int processors = 0, of_one = 0;
+    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_one, kernel_, threads_, static_cast<size_t>(shared_bytes_)),
+          "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+    const int blocks = processors * (of_one > 0 ? of_one : 1);
+    if (device < kDevices) known.store(blocks, std::memory_order_release);
+    return blocks;
+  }
+
+ private:
+  static constexpr int kDevices = 64;  // whose answers are kept; later ones are asked each time
+  void (*kernel_)(Params);
+  int threads_, shared_bytes_;
+  mutable std::atomic<int> known_[kDevices] = {};
+};
 
 template <class Params>
 void launch(void (*kernel)(Params), int grid_x, int grid_y, int grid_z, int threads, size_t shared_bytes, Stream stream,

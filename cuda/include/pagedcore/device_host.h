@@ -76,7 +76,8 @@ PAGEDCORE_DEVICE uint32_t pack2(float low, float high) {
   return a.bits | static_cast<uint32_t>(b.bits) << 16;
 }
 
-PAGEDCORE_DEVICE float exp2_approx(float x) { return shim::approximate(::exp2f(x), 2); }
+// Off by two units in the last place at most, and exact at zero.
+PAGEDCORE_DEVICE float exp2_approx(float x) { return x == 0.0f ? 1.0f : shim::approximate(::exp2f(x), 2); }
 PAGEDCORE_DEVICE int bit_count(uint32_t x) { return __builtin_popcount(x); }
 PAGEDCORE_DEVICE float max_of(float a, float b) { return ::fmaxf(a, b); }
 
@@ -93,9 +94,14 @@ PAGEDCORE_DEVICE int atomic_add(int* p, int value) {
 }
 PAGEDCORE_DEVICE void fence() { shim::fence(); }
 
-// Before the first launch on a device; not while a graph is captured. Here there is nothing to prepare.
+// A kernel on the current device: readied for its shared memory when first asked for, and how many of its blocks run at
+// one time. Here that is as many as the shim is told there are multiprocessors.
 template <class Params>
-void prepare(void (*)(Params), size_t) {}
+class Residency {
+ public:
+  constexpr Residency(void (*)(Params), int, int) {}
+  int blocks() const { return shim::multiprocessors(); }
+};
 
 template <class Params>
 void launch(void (*kernel)(Params), int grid_x, int grid_y, int grid_z, int threads, size_t shared_bytes, Stream,

@@ -1,0 +1,11 @@
+// The kernel that makes a plan.
+#pragma once
+
+#include "work.h"
+
+namespace pagedcore::gpu {
+
+// Fills first_units and zeroes the counters.
+void run_plan(const PlannedAttention& params, device::Stream stream);
+
+}  // namespace pagedcore::gpu

@@ -1,0 +1,71 @@
+// A warp's 16 rows of Q as the fragments that mma takes, a step of 16 columns at a time: held in registers, or read
+// from shared memory where the output leaves no registers for them.
+#pragma once
+
+#include <cstdint>
+
+#include "pagedcore/device.h"
+#include "rows.h"
+#include "tile.h"
+
+namespace pagedcore::gpu {
+
+template <class T>
+PAGEDCORE_DEVICE const T* start_of_query(const AttentionParams& p, const Row& row) {
+  return static_cast<const T*>(p.query) + row.token * p.query_token_stride + row.head * p.query_head_stride;
+}
+
+template <int kDim_, class T>
+struct QueryInRegisters {
+  static constexpr int kDim = kDim_;
+  using Element = T;
+
+  uint32_t held[kDim / 16][4];
+
+  // `rows`: lane / 4 and lane / 4 + 8 of the warp's.
+  PAGEDCORE_MEMBER void load(const AttentionParams& p, const Row (&rows)[2]) {
+    const int pair = device::lane_id() % 4 * 2;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const T* from = start_of_query<T>(p, rows[half]) + pair;
+#pragma unroll
+      for (int step = 0; step < kDim / 16; ++step) {
+        held[step][half] = rows[half].valid ? device::load_4(from + step * 16) : 0u;
+        held[step][half + 2] = rows[half].valid ? device::load_4(from + step * 16 + 8) : 0u;
+      }
+    }
+  }
+
+  PAGEDCORE_MEMBER void fragment(int step, uint32_t (&a)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = held[step][i];
+  }
+};
+
+template <int kDim_, class T>
+struct QueryInShared {
+  static constexpr int kDim = kDim_;
+  using Element = T;
+  using Rows = Tile<kDim>;
+
+  const char* tile;
+  int first_row;  // of the warp's, in the tile
+
+  // Fills rows [0, count) of the tile in `shared`. Reached by all of the block's `threads`, and needs a barrier after.
+  static PAGEDCORE_MEMBER void fill(const AttentionParams& p, const Span& s, int count, int threads, char* shared) {
+    for (int i = device::thread_id(); i < count * Rows::kChunks; i += threads) {
+      const int r = i / Rows::kChunks, chunk = i % Rows::kChunks;
+      const Row row = row_of(p, s, r);
+      const device::Vec16 zero{};
+      device::store_16(shared + Rows::offset(r, chunk),
+                       row.valid ? device::load_16(start_of_query<T>(p, row) + chunk * kChunkElements) : zero);
+    }
+  }
+
+  PAGEDCORE_MEMBER void fragment(int step, uint32_t (&a)[4]) const {
+    const int lane = device::lane_id();
+    device::ldmatrix_x4(a, tile + Rows::offset(first_row + lane / 8 % 2 * 8 + lane % 8, step * 2 + lane / 16));
+  }
+};
+
+}  // namespace pagedcore::gpu

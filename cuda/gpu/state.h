@@ -1,0 +1,133 @@
+// The online softmax of a warp over 16 rows, as mma lays it out over the lanes.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "pagedcore/device.h"
+#include "pagedcore/softmax.h"
+#include "record.h"
+#include "tile.h"
+
+namespace pagedcore::gpu {
+
+// Scores are in base 2. While a row's maximum grows by less than this its reference stays: weights are at most 2^8,
+// which f16 holds, and the output need not be rescaled.
+constexpr float kLazyGrowth = 8.0f;
+
+// What one thread keeps of its warp's 16 rows: rows lane / 4 and lane / 4 + 8.
+template <int kDim>
+struct WarpState {
+  float m[2];        // reference of the exponents, at most kLazyGrowth below the maximum
+  float rounded[2];  // sums of weights as the product with V sees them; of this thread's columns until complete_sums
+  float exact[2];    // sums before rounding, for the log-sum-exp
+  float o[kDim / 8][4];
+};
+
+template <int kDim>
+PAGEDCORE_DEVICE WarpState<kDim> empty_state() {
+  WarpState<kDim> state{};
+  state.m[0] = state.m[1] = -INFINITY;
+  return state;
+}
+
+// Brings rows whose maximum outgrew their reference to it. The branch is the warp's; a row that did not outgrow its own
+// is left as it is, so what becomes of a row does not depend on its neighbours.
+template <int kDim>
+PAGEDCORE_DEVICE void rescale(const float (&top)[2], WarpState<kDim>& state) {
+  // Also where nothing was seen before: the reference is -inf then, and so is the difference of a first key to it.
+  const bool grown = top[0] > state.m[0] + kLazyGrowth || top[1] > state.m[1] + kLazyGrowth;
+  if (device::ballot(grown) == 0) return;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (top[half] > state.m[half] + kLazyGrowth) {
+      const float factor = device::exp2_approx(state.m[half] - top[half]);
+      state.m[half] = top[half];
+      state.rounded[half] *= factor;
+      state.exact[half] *= factor;
+#pragma unroll
+      for (int i = 0; i < kDim / 8; ++i) {
+        state.o[i][half * 2] *= factor;
+        state.o[i][half * 2 + 1] *= factor;
+      }
+    }
+  }
+}
+
+// Folds kKeys keys into the state: new references, weights, sums, O += P V. `v_rows`: the keys' rows of V.
+template <int kDim, int kKeys, class T>
+PAGEDCORE_DEVICE void fold_keys(const float (&score)[kKeys / 8][4], const char* v_rows, WarpState<kDim>& state) {
+  using Rows = Tile<kDim>;
+  const int lane = device::lane_id();
+  float top[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float most = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < kKeys / 8; ++i) {
+      most = device::max_of(most, device::max_of(score[i][half * 2], score[i][half * 2 + 1]));
+    }
+    top[half] = device::reduce_max(most, 4);
+  }
+  rescale(top, state);
+  const int row = lane / 8 % 2 * 8 + lane % 8;
+#pragma unroll
+  for (int first = 0; first < kKeys; first += 16) {
+    uint32_t weights[4];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float reference = finite_max(state.m[half]);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float (&s)[4] = score[first / 8 + i];
+        const float low = device::exp2_approx(s[half * 2] - reference);
+        const float high = device::exp2_approx(s[half * 2 + 1] - reference);
+        const uint32_t pair = device::pack2<T>(low, high);
+        weights[i * 2 + half] = pair;
+        state.exact[half] += low + high;
+        state.rounded[half] +=
+            to_float(T{static_cast<uint16_t>(pair)}) + to_float(T{static_cast<uint16_t>(pair >> 16)});
+      }
+    }
+#pragma unroll
+    for (int step = 0; step < kDim / 16; ++step) {
+      uint32_t v[4];
+      device::ldmatrix_x4_trans(v, v_rows + Rows::offset(first + row, step * 2 + lane / 16));
+      device::mma_m16n8k16<T>(state.o[step * 2], weights, v[0], v[1]);
+      device::mma_m16n8k16<T>(state.o[step * 2 + 1], weights, v[2], v[3]);
+    }
+  }
+}
+
+// After the last key: the sums of the whole row in each of its four lanes.
+template <int kDim>
+PAGEDCORE_DEVICE void complete_sums(WarpState<kDim>& state) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    state.rounded[half] = device::reduce_sum(state.rounded[half], 4);
+    state.exact[half] = device::reduce_sum(state.exact[half], 4);
+  }
+}
+
+// The warp's state as rows first_row to first_row + 15 of a record.
+template <int kRows, int kDim>
+PAGEDCORE_DEVICE void write_record(const WarpState<kDim>& state, int first_row, float* to) {
+  using At = Record<kRows, kDim>;
+  const int lane = device::lane_id();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = first_row + lane / 4 + half * 8;
+    if (lane % 4 == 0) {
+      to[At::stats(row)] = state.m[half];
+      to[At::stats(row) + 1] = state.rounded[half];
+      to[At::stats(row) + 2] = state.exact[half];
+    }
+#pragma unroll
+    for (int i = 0; i < kDim / 8; ++i) {
+      to[At::output(row, i * 8 + lane % 4 * 2)] = state.o[i][half * 2];
+      to[At::output(row, i * 8 + lane % 4 * 2 + 1)] = state.o[i][half * 2 + 1];
+    }
+  }
+}
+
+}  // namespace pagedcore::gpu
