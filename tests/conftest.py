@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOLLM2 = ROOT / ".cache" / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -42,3 +46,30 @@ def smollm2(request: pytest.FixtureRequest) -> Path:
 
     model = Path(environment.TEST_MODEL.read() or request.getfixturevalue("smollm2_gguf"))
     return model if model.is_dir() else convert_gguf(model)
+
+
+def runnable_isas() -> list[str]:
+    """The CPU instruction sets that this machine runs.
+
+    The BF16 kernels with their one instruction emulated too: few machines have it, all with AVX-512 can run the rest.
+    """
+    from pagedcore import _kernels
+
+    names = _kernels.cpu_isas()
+    return [*names, "avx512_bf16_emulated"] if "avx512" in names else names
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "isa" in metafunc.fixturenames:
+        metafunc.parametrize("isa", runnable_isas(), indirect=True)
+
+
+@pytest.fixture
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set that this machine runs, one after another."""
+    from pagedcore import _kernels
+
+    before = _kernels.cpu_isa()
+    _kernels.select_cpu_isa(request.param)
+    yield request.param
+    _kernels.select_cpu_isa(before)

@@ -1,4 +1,8 @@
-"""The oracle of the kernel tests: attention in float64, written the plain way over NumPy; and batches to feed it."""
+"""The oracle of the kernel tests: attention in float64, written the plain way over NumPy; and batches to feed it.
+
+A score is ``scale * q . k``, then under a soft cap ``cap * tanh(score / cap)``, then with ALiBi less
+``slope * |query's position - key's position|``. A sink is one more score of its head, without a value.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,19 @@ class _Rows(NamedTuple):
     k: np.ndarray  # [keys, head_dim]
     v: np.ndarray  # [keys, v_head_dim]
     visible: np.ndarray  # [queries, keys] bool
+    bias: np.ndarray | None  # [queries, keys]
+    sink: float | None
     scale: float
+    softcap: float
+
+    def scores(self, dtype: type = np.float64) -> np.ndarray:
+        """[queries, keys], computed in `dtype`; -inf where a key is not seen."""
+        scores = self.q.astype(dtype) @ self.k.astype(dtype).T * dtype(self.scale)
+        if self.softcap:
+            scores = np.tanh(scores / dtype(self.softcap)) * dtype(self.softcap)
+        if self.bias is not None:
+            scores = scores + self.bias.astype(dtype)
+        return np.where(self.visible, scores, dtype(-np.inf))
 
 
 def _rows(
@@ -36,6 +52,9 @@ def _rows(
     scale: float | None = None,
     causal: bool = True,
     window: int | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: np.ndarray | None = None,  # [num_heads]
+    sinks: np.ndarray | None = None,  # [num_heads]
     block_table_rows: np.ndarray | None = None,
 ) -> Iterator[_Rows]:
     """Walks a batch. Reads only what a query sees."""
@@ -54,10 +73,14 @@ def _rows(
         keys = np.arange(first.min(), last.max() + 1)
         blocks, slots = block_table[row, keys // block_size], keys % block_size
         visible = (keys >= first[:, None]) & (keys <= last[:, None])
+        distances = np.abs(positions[:, None] - keys).astype(np.float64)
         for head in range(num_heads):
+            bias = None if alibi_slopes is None else -float(alibi_slopes[head]) * distances
+            sink = None if sinks is None else float(sinks[head])
             k = k_cache[blocks, head // group, slots].astype(np.float64)
             v = v_cache[blocks, head // group, slots].astype(np.float64)
-            yield _Rows(start, stop, head, query[start:stop, head].astype(np.float64), k, v, visible, scale)
+            q = query[start:stop, head].astype(np.float64)
+            yield _Rows(start, stop, head, q, k, v, visible, bias, sink, scale, softcap)
 
 
 def paged_attention(
@@ -68,10 +91,12 @@ def paged_attention(
     lse = np.full(query.shape[:2], -np.inf)
     for rows in _rows(query, k_cache, v_cache, *index, **options):
         seen = rows.visible.any(1)
-        scores = np.where(rows.visible, rows.q @ rows.k.T * rows.scale, -np.inf)
-        top = np.where(seen, scores.max(1), 0.0)
+        scores = rows.scores()
+        top = scores.max(1) if rows.sink is None else np.maximum(scores.max(1), rows.sink)
+        top = np.where(seen, top, 0.0)
         weights = np.exp(scores - top[:, None])
-        total = np.where(seen, weights.sum(1), 1.0)
+        sink = 0.0 if rows.sink is None else np.exp(rows.sink - top)
+        total = np.where(seen, weights.sum(1) + sink, 1.0)
         out[rows.start : rows.stop, rows.head] = weights @ rows.v / total[:, None]
         lse[rows.start : rows.stop, rows.head] = np.where(seen, top + np.log(total), -np.inf)
     return out, lse
@@ -84,12 +109,13 @@ def rounding_error(want: np.ndarray, dtype: torch.dtype, *args: np.ndarray, **op
     """
     out = np.zeros_like(want)
     for rows in _rows(*args, **options):
-        q, k, v = (x.astype(np.float32) for x in (rows.q, rows.k, rows.v))
-        scores = np.where(rows.visible, q @ k.T * np.float32(rows.scale), np.float32(-np.inf))
+        scores = rows.scores(np.float32)
         top = scores.max(1)
-        weights = _rounded(np.exp(scores - np.where(np.isneginf(top), np.float32(0), top)[:, None]), dtype)
-        total = weights.sum(1)
-        out[rows.start : rows.stop, rows.head] = weights @ v / np.where(total == 0, np.float32(1), total)[:, None]
+        reference = np.where(np.isneginf(top), np.float32(0), top)
+        weights = _rounded(np.exp(scores - reference[:, None]), dtype)
+        total = weights.sum(1) if rows.sink is None else weights.sum(1) + np.exp(np.float32(rows.sink) - reference)
+        total = np.where(np.isneginf(top), np.float32(1), total)
+        out[rows.start : rows.stop, rows.head] = weights @ rows.v.astype(np.float32) / total[:, None]
     return np.abs(_rounded(out, dtype) - want)
 
 

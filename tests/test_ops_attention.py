@@ -8,37 +8,22 @@ import os
 import subprocess
 import sys
 import tempfile
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
+from conftest import runnable_isas
 from pagedcore import _kernels, ops
 from reference import GARBAGE, Batch, check, make_batch
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(1, 1), (8, 8), (32, 8), (64, 8), (28, 4), (71, 1)]
-ISAS = _kernels.cpu_isas()
-# The BF16 kernels with their one instruction emulated: few machines have it, all of these can run the rest.
-if "avx512" in ISAS:
-    ISAS.append("avx512_bf16_emulated")
+ISAS = runnable_isas()
 
 
 @pytest.fixture(params=["cpu"])
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every instruction set that this machine runs, one after another."""
-    before = _kernels.cpu_isa()
-    _kernels.select_cpu_isa(request.param)
-    yield request.param
-    _kernels.select_cpu_isa(before)
 
 
 def attend(batch: Batch, **options: object) -> tuple[torch.Tensor, torch.Tensor]:

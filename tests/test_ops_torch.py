@@ -81,6 +81,8 @@ def test_opcheck_paged_attention() -> None:
     torch.library.opcheck(
         torch.ops.pagedcore.paged_attention.default, (*args, out, lse), {"window": 3, "split_size": 2, "scale": 0.3}
     )
+    features = {"softcap": 2.0, "alibi_slopes": torch.rand(4), "sinks": torch.randn(4)}
+    torch.library.opcheck(torch.ops.pagedcore.paged_attention.default, (*args, out, lse), features)
 
 
 def test_opcheck_cache_ops() -> None:
@@ -162,14 +164,15 @@ class Traced(torch.Tensor):
 def test_every_tensor_argument_is_looked_at() -> None:
     """A subclass in any place makes a call go through the dispatcher."""
     args = make_call()
-    outputs = {"out": torch.zeros(4, 4, 16), "lse": torch.zeros(4, 4)}
+    options = {"out": torch.zeros(4, 4, 16), "lse": torch.zeros(4, 4)}
+    options |= {"alibi_slopes": torch.zeros(4), "sinks": torch.zeros(4)}
     for i in range(len(args)):
         Traced.seen = []
-        ops.paged_attention(*(a.as_subclass(Traced) if i == j else a for j, a in enumerate(args)), **outputs)
+        ops.paged_attention(*(a.as_subclass(Traced) if i == j else a for j, a in enumerate(args)), **options)
         assert Traced.seen[-1] == "pagedcore.paged_attention.default", i
-    for name in outputs:
+    for name, tensor in options.items():
         Traced.seen = []
-        ops.paged_attention(*args, **{**outputs, name: outputs[name].as_subclass(Traced)})
+        ops.paged_attention(*args, **{**options, name: tensor.as_subclass(Traced)})
         assert Traced.seen[-1] == "pagedcore.paged_attention.default", name
     key, slots = torch.randn(4, 2, 16), torch.arange(4)
     writes = [key, key, args[1], args[2], slots]
@@ -205,6 +208,10 @@ FAKE_FAULTS = [
     ("out", lambda t: t.bfloat16(), "expected dtype"),
     ("lse", lambda t: t.double(), "expected dtype"),
     ("lse", lambda t: t[:, :3], "expected num_heads = 4"),
+    ("alibi_slopes", lambda t: t[:3], "expected num_heads = 4"),
+    ("alibi_slopes", lambda t: t.half(), "expected dtype"),
+    ("sinks", lambda t: t[None], "expected shape"),
+    ("sinks", lambda t: t.double(), "expected dtype"),
 ]
 
 
@@ -216,9 +223,11 @@ def test_fakes_refuse_what_the_kernels_refuse(
 
     names = ["query", "k_cache", "v_cache", "block_table", "seq_lens", "query_start_loc", "out", "lse"]
     args = dict(zip(names, (*make_call(), torch.zeros(4, 4, 16), torch.zeros(4, 4)), strict=True))
+    args |= {"alibi_slopes": torch.zeros(4), "sinks": torch.zeros(4)}
     args[name] = change(args[name])
     if name == "query" and args[name].shape[1:2] == (3,):
         args["out"], args["lse"] = args["out"][:, :3], args["lse"][:, :3]
+        del args["alibi_slopes"], args["sinks"]
     with pytest.raises(InvalidArgumentError):
         ops.paged_attention(**args)
     with FakeTensorMode() as mode:

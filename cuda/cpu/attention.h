@@ -12,6 +12,7 @@
 #include "pagedcore/formats.h"
 #include "pagedcore/mask.h"
 #include "pagedcore/pages.h"
+#include "pagedcore/score.h"
 #include "pagedcore/softmax.h"
 #include "simd.h"
 #include "state.h"
@@ -64,6 +65,36 @@ PAGEDCORE_FN void stage_row(const T* row, int dim, float* staged) {
   }
 }
 
+// How one call's dot products become scores. Where the scale is all there is, softmax_step multiplies by it on its way.
+struct Scoring {
+  ScoreRule rule;
+  bool plain;
+  float left;  // for softmax_step to multiply by: the scale, or 1 where shape_scores goes before
+};
+
+PAGEDCORE_FN Scoring scoring_of(const AttentionParams& p) {
+  const ScoreRule rule = score_rule(p);
+  const bool plain = rule.cap == 0.0f && p.alibi_slopes == nullptr;
+  return {rule, plain, plain ? rule.factor : 1.0f};
+}
+
+// Dot products of one query row become scores in place, but for the mask. `distance` is from the first of their keys to
+// the query. Whole vectors: up to the next multiple of kLanes past `count`.
+static void shape_scores(const ScoreRule& rule, float slope, int64_t distance, float* scores, int count) {
+  static constexpr float kLane[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  static_assert(kLanes <= 16, "numbers of the lanes");
+  const Vec factor = set1(rule.factor), cap = set1(rule.cap), minus_slope = set1(-slope);
+  for (int t = 0; t < count; t += kLanes) {
+    Vec s = mul(factor, load(scores + t));
+    if (rule.cap != 0.0f) s = mul(cap, tanh(s));
+    if (slope != 0.0f) {
+      const Vec ahead = sub(load(kLane), set1(static_cast<float>(distance - t)));
+      s = fma(minus_slope, max(ahead, sub(zero(), ahead)), s);
+    }
+    store(scores + t, s);
+  }
+}
+
 // One step of a row's online softmax: `count` scores become weights in place, m and l move on, and the factor by which
 // the row's o must shrink comes back. Scores are multiplied by `scale` (base 2); those outside [first, last) are
 // masked. Memory up to the next multiple of kLanes is readable, and gets weight 0.
@@ -113,7 +144,7 @@ PAGEDCORE_FN float softmax_step(float* scores, int count, int64_t first, int64_t
 namespace pagedcore::cpu::PAGEDCORE_ISA {
 
 static int64_t scratch_floats(const AttentionParams& p, int64_t stream_rows, int64_t packed_rows) {
-  const int64_t stream = stream_rows * round_up_chunk(p.head_dim);
+  const int64_t stream = stream_rows > 0 ? stream_scratch_floats(stream_rows, p.head_dim) : 0;
   const int64_t packed = packed_rows > 0 ? packed_scratch_floats(packed_rows, p.head_dim, p.v_head_dim) : 0;
   return stream > packed ? stream : packed;
 }
@@ -168,9 +199,10 @@ static void finish_rows(const AttentionParams& p, const WorkItem& item, State st
       for (int g = 0; g < group; ++g, ++row) {
         const int64_t token = p.query_start_loc[item.seq] + query;
         const int64_t query_head = static_cast<int64_t>(head) * group + g;
-        const float w = state.w[row];
+        WithSink total{state.m[row], state.l[row], state.w[row], 1.0f};
+        if (p.sinks) total = add_sink(total.m, total.l, total.w, p.sinks[query_head]);
         // A row that saw no key has w = 0 and o = 0.
-        const Vec inverse = set1(w == 0.0f ? 0.0f : 1.0f / w);
+        const Vec inverse = set1(total.w == 0.0f ? 0.0f : total.a / total.w);
         const float* o = state.o + row * state.stride;
         T* out = static_cast<T*>(p.out) + token * p.out_token_stride + query_head * p.out_head_stride;
         for (int d = 0; d < p.v_head_dim; d += kChunk) {
@@ -181,8 +213,7 @@ static void finish_rows(const AttentionParams& p, const WorkItem& item, State st
             store_partial_chunk(out + d, p.v_head_dim - d, a, b);
           }
         }
-        if (p.lse)
-          p.lse[token * p.lse_token_stride + query_head * p.lse_head_stride] = log_sum_exp(state.m[row], state.l[row]);
+        if (p.lse) p.lse[token * p.lse_token_stride + query_head * p.lse_head_stride] = log_sum_exp(total.m, total.l);
       }
     }
   }

@@ -101,7 +101,7 @@ static void attend_packed(const AttentionParams& p, const WorkItem& item, int64_
   const int64_t seq_len = p.seq_lens[item.seq];
   const int64_t query_start = p.query_start_loc[item.seq];
   const int64_t query_len = p.query_start_loc[item.seq + 1] - query_start;
-  const float scale = p.scale * kLog2E;
+  const Scoring scoring = scoring_of(p);
   const int32_t* table = table_row(p, item.seq);
   const T* k_head = static_cast<const T*>(p.k.data) + item.head_begin * p.k.head_stride;
   const T* v_head = static_cast<const T*>(p.v.data) + item.head_begin * p.v.head_stride;
@@ -137,8 +137,15 @@ static void attend_packed(const AttentionParams& p, const WorkItem& item, int64_
       }
       float alpha[kMicroRows];
       for (int r = 0; r < block_rows; ++r) {
-        const KeyRange visible = visible_keys(p, seq_len, query_len, item.query_begin + (row + r) / group);
-        alpha[r] = softmax_step(s + r * kPackedTile, depth, visible.begin - begin, visible.end - begin, scale,
+        const int64_t query = item.query_begin + (row + r) / group;
+        const KeyRange visible = visible_keys(p, seq_len, query_len, query);
+        if (!scoring.plain) {
+          const int64_t head = static_cast<int64_t>(item.head_begin) * group + (row + r) % group;
+          const float slope = p.alibi_slopes ? alibi_slope(p, head) : 0.0f;
+          shape_scores(scoring.rule, slope, query_position(seq_len, query_len, query) - begin, s + r * kPackedTile,
+                       depth);
+        }
+        alpha[r] = softmax_step(s + r * kPackedTile, depth, visible.begin - begin, visible.end - begin, scoring.left,
                                 state.m[row + r], state.l[row + r]);
         state.w[row + r] = state.l[row + r];
       }

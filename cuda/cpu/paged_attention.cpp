@@ -82,12 +82,6 @@ void check_indices(const AttentionParams& p) {
   }
 }
 
-void refuse_features(const AttentionParams& p) {
-  if (p.softcap != 0.0f) throw ArgumentError(Fault::unsupported, "softcap", "0.0 (none)", std::to_string(p.softcap));
-  if (p.alibi_slopes) throw ArgumentError(Fault::unsupported, "alibi_slopes", "None", "slopes");
-  if (p.sinks) throw ArgumentError(Fault::unsupported, "sinks", "None", "logits");
-}
-
 // Memory that a calling thread keeps between its calls, so that a decode step allocates nothing once it has run.
 class Arena {
  public:
@@ -204,7 +198,6 @@ void run_items(const AttentionParams& p, const Isa& isa, const Plan& plan, int n
 }  // namespace
 
 void paged_attention(const AttentionParams& p, int num_threads) {
-  refuse_features(p);
   check_indices(p);
   const Isa& isa = selected_isa();
   thread_local Plan plan;

@@ -22,6 +22,7 @@ PAGEDCORE_FN void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
 PAGEDCORE_FN Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 PAGEDCORE_FN Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 PAGEDCORE_FN Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+PAGEDCORE_FN Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
 PAGEDCORE_FN Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }  // b where either is NaN
 PAGEDCORE_FN Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 

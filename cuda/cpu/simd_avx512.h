@@ -24,6 +24,7 @@ PAGEDCORE_FN void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
 PAGEDCORE_FN Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 PAGEDCORE_FN Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 PAGEDCORE_FN Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+PAGEDCORE_FN Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 PAGEDCORE_FN Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }  // b where either is NaN
 PAGEDCORE_FN Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 PAGEDCORE_FN float reduce_max(Vec v) { return _mm512_reduce_max_ps(v); }

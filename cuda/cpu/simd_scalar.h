@@ -37,6 +37,7 @@ PAGEDCORE_FN void store(float* p, Vec v) {
 PAGEDCORE_LANEWISE(add, x + y)
 PAGEDCORE_LANEWISE(sub, x - y)
 PAGEDCORE_LANEWISE(mul, x* y)
+PAGEDCORE_LANEWISE(div, x / y)
 PAGEDCORE_LANEWISE(max, x > y ? x : y)  // y where either is NaN
 #undef PAGEDCORE_LANEWISE
 

@@ -80,28 +80,39 @@ PAGEDCORE_FN void stream_scores(const float* q, int64_t q_stride, const T* k, co
   }
 }
 
+// What the mask and ALiBi ask of a query row.
+struct RowPlace {
+  KeyRange visible;
+  int64_t position;
+};
+
 // One group of R rows against one head's tile: scores, softmax step, values. D is head_dim and v_head_dim where they
 // are equal and common, so that loops over a row are unrolled; 0: as the arguments say.
 template <class T, int R, int D>
 static void stream_group(const float* q, int64_t q_stride, const T* k, const T* v, const TileOffsets& tile,
-                         int64_t tile_begin, const KeyRange* visible, int any_dim, int any_v_dim, float scale, float* m,
-                         float* l, float* w, float* o, int64_t o_stride, const Ahead<T>& k_ahead,
-                         const Ahead<T>& v_ahead) {
+                         int64_t tile_begin, const RowPlace* rows, int any_dim, int any_v_dim, const Scoring& scoring,
+                         const float* slopes, float* m, float* l, float* w, float* o, int64_t o_stride,
+                         const Ahead<T>& k_ahead, const Ahead<T>& v_ahead) {
   const int dim = D ? D : any_dim, v_dim = D ? D : any_v_dim;
   alignas(64) float scores[kRowGroup * kTile];
   float alpha[R];
   stream_scores<T, R>(q, q_stride, k, tile, dim, scores, k_ahead);
+  if (!scoring.plain) {
+    for (int r = 0; r < R; ++r) {
+      shape_scores(scoring.rule, slopes[r], rows[r].position - tile_begin, scores + r * kTile, tile.count);
+    }
+  }
   for (int r = 0; r < R; ++r) {
-    alpha[r] = softmax_step(scores + r * kTile, tile.count, visible[r].begin - tile_begin, visible[r].end - tile_begin,
-                            scale, m[r], l[r]);
+    alpha[r] = softmax_step(scores + r * kTile, tile.count, rows[r].visible.begin - tile_begin,
+                            rows[r].visible.end - tile_begin, scoring.left, m[r], l[r]);
   }
   add_values<R>(scores, alpha, v, tile, v_dim, l, w, o, o_stride, v_ahead);
 }
 
 template <class T>
-using StreamGroup = void (*)(const float*, int64_t, const T*, const T*, const TileOffsets&, int64_t, const KeyRange*,
-                             int, int, float, float*, float*, float*, float*, int64_t, const Ahead<T>&,
-                             const Ahead<T>&);
+using StreamGroup = void (*)(const float*, int64_t, const T*, const T*, const TileOffsets&, int64_t, const RowPlace*,
+                             int, int, const Scoring&, const float*, float*, float*, float*, float*, int64_t,
+                             const Ahead<T>&, const Ahead<T>&);
 
 template <class T, int D>
 PAGEDCORE_FN StreamGroup<T> stream_group_of(int rows) {
@@ -119,6 +130,9 @@ PAGEDCORE_FN StreamGroup<T> stream_group_for(int rows, int dim, int v_dim) {
   return stream_group_of<T, 0>(rows);
 }
 
+// Query rows and their heads' slopes.
+PAGEDCORE_FN int64_t stream_scratch_floats(int64_t rows, int dim) { return rows * (round_up_chunk(dim) + 1); }
+
 template <class T>
 static void attend_stream(const AttentionParams& p, const WorkItem& item, int64_t key_begin, int64_t key_end,
                           State state, float* q_staged) {
@@ -130,13 +144,15 @@ static void attend_stream(const AttentionParams& p, const WorkItem& item, int64_
   const int64_t seq_len = p.seq_lens[item.seq];
   const int64_t query_start = p.query_start_loc[item.seq];
   const int64_t query_len = p.query_start_loc[item.seq + 1] - query_start;
-  const float scale = p.scale * kLog2E;
+  const Scoring scoring = scoring_of(p);
   const int32_t* table = table_row(p, item.seq);
 
-  KeyRange visible[kStreamRows];
+  float* const slopes = q_staged + static_cast<int64_t>(heads) * rows * q_stride;
+  RowPlace places[kStreamRows];
   StreamGroup<T> groups[kStreamRows / kRowGroup];
   for (int row = 0; row < rows; ++row) {
-    visible[row] = visible_keys(p, seq_len, query_len, item.query_begin + row / group);
+    const int64_t query = item.query_begin + row / group;
+    places[row] = {visible_keys(p, seq_len, query_len, query), query_position(seq_len, query_len, query)};
   }
   for (int row = 0; row < rows; row += kRowGroup) {
     groups[row / kRowGroup] = stream_group_for<T>(rows - row, p.head_dim, p.v_head_dim);
@@ -146,7 +162,9 @@ static void attend_stream(const AttentionParams& p, const WorkItem& item, int64_
       const int64_t token = query_start + item.query_begin + row / group;
       const int64_t query_head = static_cast<int64_t>(item.head_begin + head) * group + row % group;
       const T* q = static_cast<const T*>(p.query) + token * p.query_token_stride + query_head * p.query_head_stride;
-      stage_query(q, p.head_dim, q_staged + (static_cast<int64_t>(head) * rows + row) * q_stride);
+      const int64_t at = static_cast<int64_t>(head) * rows + row;
+      stage_query(q, p.head_dim, q_staged + at * q_stride);
+      slopes[at] = p.alibi_slopes ? alibi_slope(p, query_head) : 0.0f;
     }
   }
 
@@ -171,8 +189,8 @@ static void attend_stream(const AttentionParams& p, const WorkItem& item, int64_
       const T* v = v_base + kv_head * p.v.head_stride;
       for (int row = 0; row < rows; row += kRowGroup) {
         const int64_t at = static_cast<int64_t>(head) * rows + row;
-        groups[row / kRowGroup](q_staged + at * q_stride, q_stride, k, v, tile, begin, visible + row, p.head_dim,
-                                p.v_head_dim, scale, state.m + at, state.l + at, state.w + at,
+        groups[row / kRowGroup](q_staged + at * q_stride, q_stride, k, v, tile, begin, places + row, p.head_dim,
+                                p.v_head_dim, scoring, slopes + at, state.m + at, state.l + at, state.w + at,
                                 state.o + at * state.stride, state.stride, k_ahead, v_ahead);
         k_ahead.offsets = v_ahead.offsets = nullptr;  // asked for once
       }

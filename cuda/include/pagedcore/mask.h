@@ -14,11 +14,13 @@ struct KeyRange {
   int64_t end;
 };
 
-// Keys visible to query `i` (of `query_len`) of a sequence with `seq_len` tokens in the cache. The last query sits on
-// the last token: query i has position seq_len - query_len + i, which is negative for padding rows (query_len 1,
-// seq_len 0): they see nothing.
+// Of query `i` (of `query_len`) of a sequence with `seq_len` tokens in the cache. The last query sits on the last
+// token. Negative for padding rows (query_len 1, seq_len 0).
+PAGEDCORE_FN int64_t query_position(int64_t seq_len, int64_t query_len, int64_t i) { return seq_len - query_len + i; }
+
+// Keys visible to query `i`. One at a negative position sees nothing.
 PAGEDCORE_FN KeyRange visible_keys(const AttentionParams& p, int64_t seq_len, int64_t query_len, int64_t i) {
-  const int64_t position = seq_len - query_len + i;
+  const int64_t position = query_position(seq_len, query_len, i);
   KeyRange range{0, p.causal ? position + 1 : seq_len};
   if (p.window > 0 && position - p.window + 1 > 0) range.begin = position - p.window + 1;
   if (range.end < range.begin) range.end = range.begin;

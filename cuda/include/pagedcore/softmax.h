@@ -32,4 +32,16 @@ PAGEDCORE_FN MergeFactors merge_factors(float m_a, float m_b) {
   return {m, __builtin_exp2f(m_a - reference), __builtin_exp2f(m_b - reference)};
 }
 
+// A finished row and its head's sink: a logit that joins the sums and brings no value. A row that saw no key has no
+// softmax, with a sink or without. Returns the sums, and `a`, what is left of the row's own weights.
+struct WithSink {
+  float m, l, w, a;
+};
+
+PAGEDCORE_FN WithSink add_sink(float m, float l, float w, float sink) {
+  if (l == 0.0f && m == -INFINITY) return {m, l, w, 1.0f};
+  const MergeFactors factors = merge_factors(m, sink * kLog2E);
+  return {factors.m, l * factors.a + factors.b, w * factors.a + factors.b, factors.a};
+}
+
 }  // namespace pagedcore
