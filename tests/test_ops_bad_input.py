@@ -312,7 +312,7 @@ def test_window_without_causal() -> None:
         call_attention(window=3, causal=False)
 
 
-@pytest.mark.parametrize("name", ["k_scale", "v_scale", "plan", "workspace"])
+@pytest.mark.parametrize("name", ["k_scale", "v_scale"])
 def test_not_built_yet(name: str) -> None:
     with pytest.raises(UnsupportedError, match=f"^{name}: expected None") as caught:
         call_attention(**{name: torch.ones(4)})
@@ -320,6 +320,15 @@ def test_not_built_yet(name: str) -> None:
     for scale in ("k_scale", "v_scale"):
         with pytest.raises(UnsupportedError, match=f"^{scale}: expected None"):
             call_cache(**{scale: torch.ones(1)})
+
+
+@pytest.mark.parametrize("name", ["plan", "workspace"])
+def test_the_cpu_takes_gpu_memory_and_needs_none(name: str) -> None:
+    args = attention_args()
+    want = ops.paged_attention(**args)[0].clone()
+    assert torch.equal(ops.paged_attention(**args, **{name: torch.empty(0, dtype=torch.uint8)})[0], want)
+    with pytest.raises(TypeError, match=f"^{name}: expected a tensor"):
+        call_attention(**{name: 3})
 
 
 @pytest.mark.parametrize("name", ["alibi_slopes", "sinks"])

@@ -56,7 +56,7 @@ def described_schema(name: str) -> list[tuple[str, bool, bool]]:
     return [(a.name, not a.kwarg_only, a.has_default_value()) for a in schema.arguments]
 
 
-@pytest.mark.parametrize("name", ["reshape_and_cache", "paged_attention", "copy_blocks", "zero_blocks"])
+@pytest.mark.parametrize("name", sorted(pagedcore.torch.OPERATORS))
 def test_arguments_are_the_same_everywhere(name: str) -> None:
     """The signature as text, the stub and torch's schema; and what the kernel really takes."""
     kernel = getattr(_kernels, name)
@@ -66,11 +66,11 @@ def test_arguments_are_the_same_everywhere(name: str) -> None:
     names, by_position = [a[0] for a in arguments], [a for a in arguments if a[1]]
     required = [n for n, _, optional in arguments if not optional]
     with pytest.raises(TypeError, match=rf"takes {len(by_position)} positional arguments"):
-        kernel(*names)
+        kernel(*names, None)
     for missing in required:
         with pytest.raises(TypeError, match=f"missing required argument: '{missing}'"):
             kernel(**dict.fromkeys(n for n in names if n != missing))
-    with pytest.raises(TypeError, match=r"expected a tensor|not iterable"):  # the optional ones are
+    with pytest.raises(TypeError, match=r"expected a (tensor|str)|not iterable"):  # the optional ones are
         kernel(**dict.fromkeys(required))
 
 
@@ -95,6 +95,27 @@ def test_opcheck_cache_ops() -> None:
     pairs = torch.tensor([[1, 2], [3, 4]], dtype=torch.int32)
     torch.library.opcheck(torch.ops.pagedcore.copy_blocks.default, ([k_cache, v_cache], pairs))
     torch.library.opcheck(torch.ops.pagedcore.zero_blocks.default, ([k_cache, v_cache], pairs[0].contiguous()))
+
+
+def test_opcheck_staging_ops() -> None:
+    cache = torch.randn(6, 2, 4, 16)
+    blocks, staging = torch.tensor([2, 5], dtype=torch.int32), torch.zeros(2, cache[0].nbytes, dtype=torch.uint8)
+    torch.library.opcheck(torch.ops.pagedcore.gather_blocks.default, ([cache], blocks, staging))
+    torch.library.opcheck(torch.ops.pagedcore.scatter_blocks.default, ([cache], blocks, staging))
+    table, updates = torch.zeros(3, 4, dtype=torch.int32), torch.tensor([[1, 2, 3]], dtype=torch.int32)
+    torch.library.opcheck(torch.ops.pagedcore.update_block_table.default, (table, updates))
+
+
+def test_opcheck_plan() -> None:
+    *_, lengths, starts = make_call()
+    shape = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "v_head_dim": 16, "num_tokens": 4, "max_query_len": 3}
+    plan = torch.empty(0, dtype=torch.uint8)
+    torch.library.opcheck(
+        torch.ops.pagedcore.plan_attention.default, (lengths, starts, plan), {**shape, "dtype": "float32"}
+    )
+    args, out = make_call(), torch.empty(4, 4, 16)
+    options = {"plan": plan, "workspace": torch.empty(64, dtype=torch.uint8)}
+    torch.library.opcheck(torch.ops.pagedcore.paged_attention.default, (*args, out), options)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler about its own modules
@@ -141,6 +162,23 @@ def test_fake_tensors_pass_without_data() -> None:
         out, lse = ops.paged_attention(*args, return_lse=True)
     assert out.shape == (4, 4, 16)
     assert lse.dtype == torch.float32
+
+
+def test_fake_tensors_of_a_gpu_pass_without_one() -> None:
+    """No driver is asked, no device memory is looked at."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        args = [torch.empty(a.shape, dtype=a.dtype, device="cuda") for a in make_call()]
+        out, lse = ops.paged_attention(*args, return_lse=True, plan=torch.empty(16, dtype=torch.uint8, device="cuda"))
+        assert (out.device.type, out.shape) == ("cuda", (4, 4, 16))
+        assert (lse.device.type, lse.dtype) == ("cuda", torch.float32)
+        key, slots = torch.empty(4, 2, 16, device="cuda"), torch.empty(4, dtype=torch.int64, device="cuda")
+        ops.reshape_and_cache(key, key, args[1], args[2], slots)
+        blocks = torch.empty(2, dtype=torch.int32, device="cuda")
+        ops.zero_blocks([args[1]], blocks)
+        ops.gather_blocks([args[1]], blocks, torch.empty(2, args[1][0].nbytes, dtype=torch.uint8, device="cuda"))
+        ops.update_block_table(args[3], torch.empty(3, 3, dtype=torch.int32, device="cuda"))
 
 
 def test_dispatcher_is_asked_only_when_needed() -> None:
@@ -251,6 +289,10 @@ def test_fakes_of_cache_ops_refuse_too() -> None:
             lambda: ops.copy_blocks([cache], pairs.long()),
             lambda: ops.copy_blocks([torch.empty(3)], pairs),
             lambda: ops.zero_blocks([cache], pairs),
+            lambda: ops.gather_blocks([cache], pairs, key),
+            lambda: ops.scatter_blocks([cache], pairs[0].long(), key),
+            lambda: ops.update_block_table(pairs, pairs),
+            lambda: ops.update_block_table(pairs.long(), torch.empty(2, 3, dtype=torch.int32)),
         ):
             with pytest.raises(InvalidArgumentError, match="expected"):
                 call()

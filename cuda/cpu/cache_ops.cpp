@@ -68,13 +68,15 @@ void for_each_run(const BlockRegion& region, const Run& run, size_t axis = 0, in
     for_each_run(region, run, axis + 1, offset + i * region.strides[axis]);
 }
 
+int64_t block_bytes(const BlockRegion& region) {
+  int64_t bytes = region.contiguous_bytes;
+  for (const int64_t extent : region.shape) bytes *= extent;
+  return bytes;
+}
+
 int64_t block_bytes(const std::vector<BlockRegion>& regions) {
   int64_t bytes = 0;
-  for (const BlockRegion& region : regions) {
-    int64_t size = region.contiguous_bytes;
-    for (const int64_t extent : region.shape) size *= extent;
-    bytes += size;
-  }
+  for (const BlockRegion& region : regions) bytes += block_bytes(region);
   return bytes;
 }
 
@@ -165,6 +167,68 @@ void zero_blocks(const std::vector<BlockRegion>& regions, const int32_t* blocks,
       }
     }
   });
+}
+
+namespace {
+
+// Calls move(in the block, in the staging buffer, bytes) for every run of every block. An item is one block of one
+// region; two entries that name one block are only read by gather, and of scatter's the later is kept, so scatter has
+// one thread a region.
+template <class Move>
+void move_staged(const std::vector<BlockRegion>& regions, const int32_t* blocks, int64_t count, int64_t per_item,
+                 int num_threads, const Move& move) {
+  check_blocks("blocks", blocks, count, 1, least_blocks(regions));
+  const int64_t items = (count + per_item - 1) / per_item;
+  const int64_t total = items * static_cast<int64_t>(regions.size());
+  const int threads = useful_threads(num_threads, count * block_bytes(regions));
+  std::vector<int64_t> begins;
+  int64_t begin = 0;
+  for (const BlockRegion& region : regions) {
+    begins.push_back(begin);
+    begin += count * block_bytes(region);
+  }
+  std::atomic<int64_t> cursor{0};
+  parallel(threads, [&](int) {
+    for (int64_t item; (item = cursor.fetch_add(1, std::memory_order_relaxed)) < total;) {
+      const auto which = static_cast<size_t>(item / items);
+      const BlockRegion& region = regions[which];
+      const int64_t first = item % items * per_item;
+      for (int64_t i = first; i < std::min(first + per_item, count); ++i) {
+        char* const block = region.data + blocks[i] * region.block_stride;
+        int64_t staged = begins[which] + i * block_bytes(region);
+        for_each_run(region, [&](int64_t offset) {
+          move(block + offset, staged, static_cast<size_t>(region.contiguous_bytes));
+          staged += region.contiguous_bytes;
+        });
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void gather_blocks(const std::vector<BlockRegion>& regions, const int32_t* blocks, int64_t count, char* staging,
+                   int num_threads) {
+  move_staged(regions, blocks, count, 1, num_threads,
+              [&](const char* block, int64_t at, size_t bytes) { std::memcpy(staging + at, block, bytes); });
+}
+
+void scatter_blocks(const std::vector<BlockRegion>& regions, const int32_t* blocks, int64_t count, const char* staging,
+                    int num_threads) {
+  move_staged(regions, blocks, count, std::max<int64_t>(count, 1), num_threads,
+              [&](char* block, int64_t at, size_t bytes) { std::memcpy(block, staging + at, bytes); });
+}
+
+void update_block_table(int32_t* table, int64_t row_stride, int64_t rows, int64_t columns, const int32_t* updates,
+                        int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t row = updates[i * 3], index = updates[i * 3 + 1];
+    if (row >= 0 && row < rows && index >= 0 && index < columns) continue;
+    throw ArgumentError(Fault::invalid_argument, "updates[" + std::to_string(i) + "]",
+                        "a row below " + std::to_string(rows) + " and an index below " + std::to_string(columns),
+                        "(" + std::to_string(row) + ", " + std::to_string(index) + ")");
+  }
+  for (int64_t i = 0; i < count; ++i) table[updates[i * 3] * row_stride + updates[i * 3 + 1]] = updates[i * 3 + 2];
 }
 
 }  // namespace pagedcore::cpu

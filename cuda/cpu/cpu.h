@@ -27,6 +27,16 @@ struct BlockRegion {
 void copy_blocks(const std::vector<BlockRegion>& regions, const int32_t* pairs, int64_t num_pairs, int num_threads);
 void zero_blocks(const std::vector<BlockRegion>& regions, const int32_t* blocks, int64_t count, int num_threads);
 
+// Between blocks and a dense staging buffer: region after region, each [count, bytes of its block].
+void gather_blocks(const std::vector<BlockRegion>& regions, const int32_t* blocks, int64_t count, char* staging,
+                   int num_threads);
+void scatter_blocks(const std::vector<BlockRegion>& regions, const int32_t* blocks, int64_t count, const char* staging,
+                    int num_threads);
+
+// table[row, index] = block for each of the (row, index, block) in updates [count, 3], in order.
+void update_block_table(int32_t* table, int64_t row_stride, int64_t rows, int64_t columns, const int32_t* updates,
+                        int64_t count);
+
 // For benchmarks: read memory on all threads and drop it. A range, or whole blocks of a dense region in the order
 // given.
 void read_range(const char* data, int64_t bytes, int num_threads);

@@ -123,6 +123,12 @@ void run(const AttentionParams& p, Stream stream) {
 
 }  // namespace
 
+void load_attention_generic() {
+  load(attention_kernel<float>);
+  load(attention_kernel<f16>);
+  load(attention_kernel<bf16>);
+}
+
 void attention_generic(const AttentionParams& p, Stream stream) {
   if (p.softcap != 0.0f || p.alibi_slopes || p.sinks)
     throw std::invalid_argument("attention with a soft cap, ALiBi or sinks");

@@ -3,10 +3,11 @@
 // all they do is to use the widest access that every address allows, and to spread what is long over many blocks of the
 // grid.
 //
-// Indices that are out of range are skipped: nothing on the host has read them.
+// Indices that are out of range are skipped and flagged: nothing on the host has read them.
 #include "gpu.h"
 
 #include "pagedcore/device.h"
+#include "report.h"
 
 namespace pagedcore::gpu {
 namespace {
@@ -57,7 +58,11 @@ write_kernel(const WriteParams params) {
   for (int64_t row = int64_t{block_x()} * kWarps + warp_id(); row < rows; row += int64_t{grid_x()} * kWarps) {
     const int64_t token = row / p.num_kv_heads, head = row % p.num_kv_heads;
     const int64_t slot = p.slot_mapping[token];
-    if (slot < 0 || slot >= params.num_blocks * p.block_size) continue;
+    if (slot < 0) continue;
+    if (slot >= params.num_blocks * p.block_size) {
+      report(p.faults, DeviceFault::slot);
+      continue;
+    }
     const int64_t block = slot / p.block_size, offset = slot % p.block_size;
     const auto source = [&](const void* from, int64_t token_stride, int64_t head_stride) {
       return static_cast<const char*>(from) + (token * token_stride + head * head_stride) * p.element_size;
@@ -95,7 +100,11 @@ move_kernel(const MoveParams p) {
     const int64_t bytes = left < kChunkBytes ? left : kChunkBytes;
     const int64_t in_block =
         row / region.shape[1] * region.strides[0] + row % region.shape[1] * region.strides[1] + begin;
-    const auto known = [&](int32_t id) { return id >= 0 && id < region.num_blocks; };
+    const auto known = [&](int32_t id) {
+      if (id >= 0 && id < region.num_blocks) return true;
+      report(region.faults, DeviceFault::block);
+      return false;
+    };
     const auto at = [&](int32_t id) { return region.data + id * region.block_stride + in_block; };
     char* const staged = p.staging + (entry * p.rows + row) * region.contiguous_bytes + begin;
     const int32_t id = p.ids[kMove == Move::copy ? entry * 2 : entry];
@@ -139,17 +148,40 @@ struct TableParams {
   int64_t row_stride, rows, columns;
   const int32_t* updates;  // [count, 3]: row, index, block
   int64_t count;
+  uint32_t* faults;
 };
 
 PAGEDCORE_KERNEL(kThreads, 1) table_kernel(const TableParams p) {
   for (int64_t i = int64_t{block_x()} * kThreads + thread_id(); i < p.count; i += int64_t{grid_x()} * kThreads) {
     const int32_t row = p.updates[i * 3], index = p.updates[i * 3 + 1];
-    if (row < 0 || row >= p.rows || index < 0 || index >= p.columns) continue;
+    if (row < 0 || row >= p.rows || index < 0 || index >= p.columns) {
+      report(p.faults, DeviceFault::update);
+      continue;
+    }
     p.table[row * p.row_stride + index] = p.updates[i * 3 + 2];
   }
 }
 
+template <Move kMove>
+void load_move() {
+  load(move_kernel<Vec16, kMove>);
+  load(move_kernel<uint32_t, kMove>);
+  load(move_kernel<uint16_t, kMove>);
+  load(move_kernel<uint8_t, kMove>);
+}
+
 }  // namespace
+
+void load_cache_ops() {
+  load(write_kernel<Vec16>);
+  load(write_kernel<uint32_t>);
+  load(write_kernel<uint16_t>);
+  load_move<Move::copy>();
+  load_move<Move::zero>();
+  load_move<Move::gather>();
+  load_move<Move::scatter>();
+  load(table_kernel);
+}
 
 void reshape_and_cache(const CacheWriteParams& p, int64_t num_blocks, Stream stream) {
   if (p.num_tokens == 0) return;
@@ -190,10 +222,10 @@ void scatter_blocks(const BlockRegion& region, const int32_t* blocks, int64_t co
 }
 
 void update_block_table(int32_t* table, int64_t row_stride, int64_t rows, int64_t columns, const int32_t* updates,
-                        int64_t count, Stream stream) {
+                        int64_t count, uint32_t* faults, Stream stream) {
   if (count == 0) return;
   launch(table_kernel, grid_for((count + kThreads - 1) / kThreads), 1, 1, kThreads, 0, stream,
-         TableParams{table, row_stride, rows, columns, updates, count});
+         TableParams{table, row_stride, rows, columns, updates, count, faults});
 }
 
 }  // namespace pagedcore::gpu

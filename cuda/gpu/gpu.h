@@ -29,6 +29,11 @@ const char* why_not_tiled(const AttentionParams& params);
 // the tiled kernels do not take, and their oracle.
 void attention_generic(const AttentionParams& params, device::Stream stream);
 
+// Load the kernels of a file onto the current device (warm_up).
+void load_attention_generic();
+void load_tiled();
+void load_cache_ops();
+
 // This step's K and V to their slots; a slot that is negative or past the cache is skipped. Which of two tokens with
 // one slot is kept is not defined here.
 void reshape_and_cache(const CacheWriteParams& params, int64_t num_blocks, device::Stream stream);
@@ -41,6 +46,7 @@ struct BlockRegion {
   int64_t shape[2];      // runs of a block: outer, inner
   int64_t strides[2];    // bytes
   int64_t contiguous_bytes;
+  uint32_t* faults;  // [kDeviceFaults] or null, as in the parameters of the other ops
 };
 
 // region[dst] = region[src] for each pair. Pairs go in any order: no dst may be another pair's src or dst.
@@ -54,6 +60,6 @@ void scatter_blocks(const BlockRegion& region, const int32_t* blocks, int64_t co
 
 // table[row, index] = block for each of the (row, index, block) in updates [count, 3].
 void update_block_table(int32_t* table, int64_t row_stride, int64_t rows, int64_t columns, const int32_t* updates,
-                        int64_t count, device::Stream stream);
+                        int64_t count, uint32_t* faults, device::Stream stream);
 
 }  // namespace pagedcore::gpu

@@ -6,16 +6,22 @@
 
 #include "pagedcore/device.h"
 #include "pagedcore/params.h"
+#include "report.h"
 
 namespace pagedcore::gpu {
 
-// -1: a length past the table, a row that is not in it, or an id that is not a block's.
+// -1, and flagged: a length past the table, a row that is not in it, or an id that is not a block's.
 PAGEDCORE_DEVICE int block_of_key(const AttentionParams& p, int seq, int key) {
   const int row = p.block_table_rows != nullptr ? p.block_table_rows[seq] : seq;
   const int index = key / p.block_size;
-  if (row < 0 || row >= p.table_rows || index >= p.max_blocks) return -1;
+  if (row < 0 || row >= p.table_rows || index >= p.max_blocks) {
+    report(p.faults, DeviceFault::length);
+    return -1;
+  }
   const int block = p.block_table[row * p.block_table_stride + index];
-  return block >= 0 && block < p.num_blocks ? block : -1;
+  if (block >= 0 && block < p.num_blocks) return block;
+  report(p.faults, DeviceFault::block);
+  return -1;
 }
 
 }  // namespace pagedcore::gpu

@@ -8,6 +8,8 @@
 namespace pagedcore::gpu {
 namespace {
 
+constexpr int kTiledDims[] = {64, 80, 96, 112, 128, 192, 256};
+
 bool on_16_bytes(const void* data, int64_t token_stride, int64_t head_stride, int64_t block_stride = 0) {
   return (reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(token_stride * 2) |
           static_cast<uintptr_t>(head_stride * 2) | static_cast<uintptr_t>(block_stride * 2)) %
@@ -21,9 +23,8 @@ const char* why_not_tiled(const AttentionParams& p) {
   if (p.dtype != DType::f16 && p.dtype != DType::bf16) return "the dtype is not float16 or bfloat16";
   if (p.softcap != 0.0f || p.alibi_slopes || p.sinks) return "it has a soft cap, ALiBi or sinks";
   if (p.head_dim != p.v_head_dim) return "K and V have different head sizes";
-  const int dims[] = {64, 80, 96, 112, 128, 192, 256};
   bool known = false;
-  for (const int dim : dims) known = known || p.head_dim == dim;
+  for (const int dim : kTiledDims) known = known || p.head_dim == dim;
   if (!known) return "the head size is not 64, 80, 96, 112, 128, 192 or 256";
   if (!on_16_bytes(p.query, p.query_token_stride, p.query_head_stride)) return "rows of query do not start on 16 bytes";
   if (!on_16_bytes(p.k.data, p.k.token_stride, p.k.head_stride, p.k.block_stride)) {
@@ -50,6 +51,18 @@ WorkPlan work_plan(const AttentionParams& p, const TiledKernel& kernel, void* pl
 }
 
 }  // namespace
+
+void load_tiled() {
+  load_plan();
+  for (const DType dtype : {DType::f16, DType::bf16}) {
+    for (const int dim : kTiledDims) {
+      AttentionParams p{};
+      p.dtype = dtype;
+      p.head_dim = p.v_head_dim = dim;
+      decode_kernel_for(p);
+    }
+  }
+}
 
 int64_t plan_bytes(const AttentionParams& p) {
   if (why_not_tiled(p) != nullptr) return 0;

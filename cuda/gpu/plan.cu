@@ -49,6 +49,8 @@ PAGEDCORE_KERNEL(kThreads, 1) plan_kernel(const PlannedAttention params) {
 
 }  // namespace
 
+void load_plan() { load(plan_kernel); }
+
 void run_plan(const PlannedAttention& params, Stream stream) {
   launch(plan_kernel, 1, 1, 1, kThreads, kThreads * sizeof(int64_t), stream, params);
 }

@@ -5,6 +5,9 @@
 
 namespace pagedcore::gpu {
 
+// Loads it onto the current device.
+void load_plan();
+
 // Fills first_units and zeroes the counters.
 void run_plan(const PlannedAttention& params, device::Stream stream);
 

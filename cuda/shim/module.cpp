@@ -11,6 +11,11 @@
 #include "gpu.h"
 #include "shim.h"
 
+#if defined(PAGEDCORE_SHIM_BINDING)
+#include "device_tensor.h"
+#include "src/module.h"
+#endif
+
 namespace py = pybind11;
 
 namespace pagedcore::shim {
@@ -118,8 +123,8 @@ using Region = std::tuple<uintptr_t, int64_t, int64_t, std::array<int64_t, 2>, s
 
 void move_blocks(const std::string& op, const Region& given, uintptr_t ids, int64_t count, uintptr_t staging) {
   const auto& [data, num_blocks, block_stride, shape, strides, contiguous_bytes] = given;
-  const gpu::BlockRegion region{reinterpret_cast<char*>(data), num_blocks,      block_stride, {shape[0], shape[1]},
-                                {strides[0], strides[1]},      contiguous_bytes};
+  const gpu::BlockRegion region{reinterpret_cast<char*>(data), num_blocks,       block_stride, {shape[0], shape[1]},
+                                {strides[0], strides[1]},      contiguous_bytes, nullptr};
   const auto* blocks = reinterpret_cast<const int32_t*>(ids);
   auto* const buffer = reinterpret_cast<void*>(staging);
   if (op == "copy") return gpu::copy_blocks(region, blocks, count, nullptr);
@@ -165,8 +170,16 @@ PYBIND11_MODULE(PAGEDCORE_SHIM_MODULE, m) {
   m.def("update_block_table",
         [](uintptr_t table, int64_t row_stride, int64_t rows, int64_t columns, uintptr_t updates, int64_t count) {
           gpu::update_block_table(reinterpret_cast<int32_t*>(table), row_stride, rows, columns,
-                                  reinterpret_cast<const int32_t*>(updates), count, nullptr);
+                                  reinterpret_cast<const int32_t*>(updates), count, nullptr, nullptr);
         });
   m.def("faulty_kernels", &shim::faulty_kernels, "names of kernels with one fault each, and of one without");
   m.def("run_faulty", &shim::run_faulty);
+  m.def("last_stream", &shim::last_stream, "that a launch was put on, or recorded for");
+#if defined(PAGEDCORE_SHIM_BINDING)
+  m.def("current_device", &shim::current_device);
+  m.def("last_device", &shim::last_device, "that was made current");
+  shim::define_device_tensor(m);
+  auto kernels = m.def_submodule("kernels");
+  pagedcore::define_kernels(kernels);
+#endif
 }

@@ -277,7 +277,16 @@ void run(const LaunchShape& shape, const std::function<void()>& body) {
 
 }  // namespace
 
+namespace {
+
+const void* stream_of_last_launch = nullptr;
+
+}  // namespace
+
+uintptr_t last_stream() { return reinterpret_cast<uintptr_t>(stream_of_last_launch); }
+
 void launch(const LaunchShape& shape, std::function<void()> body) {
+  stream_of_last_launch = shape.stream;
   if (Recording* recording = runtime().recording) {
     recording->launches_.emplace_back(shape, std::move(body));
   } else {

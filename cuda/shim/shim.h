@@ -37,10 +37,18 @@ struct LaunchShape {
   Dim grid;
   int threads = kWarpSize;  // of a block, one-dimensional
   size_t shared_bytes = 0;
+  const void* stream = nullptr;  // means nothing here; remembered for tests
 };
 
 // Runs `body` once per thread of the grid, or records the launch. Throws KernelFault.
 void launch(const LaunchShape& shape, std::function<void()> body);
+
+// Of the last launch, run or recorded.
+uintptr_t last_stream();
+
+// The device that is current (runtime.cpp), and the last one that a guard made so.
+int current_device();
+int last_device();
 
 // What decides the order of blocks and threads, and the errors of approximate instructions.
 void set_seed(uint64_t seed);

@@ -13,6 +13,7 @@
 namespace pagedcore {
 
 // The functions of each file, ended by an empty entry.
+extern PyMethodDef attention_methods[];
 extern PyMethodDef cache_methods[];
 extern PyMethodDef probe_methods[];
 
@@ -21,12 +22,15 @@ extern PyMethodDef probe_methods[];
   {#function, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&entry<signature, function>)), \
    METH_FASTCALL | METH_KEYWORDS, #function text "\n--\n\n"}
 
-constexpr auto kFloats = {DType::f32, DType::f16, DType::bf16};
+inline constexpr std::initializer_list<DType> kFloats = {DType::f32, DType::f16, DType::bf16};
 
 [[noreturn]] void refuse(const char* argument, std::string expected, std::string got);
 
 inline bool given(PyObject* value) { return value && value != Py_None; }
 inline Pages pages_of(const Tensor& t) { return {t.data, t.strides[0], t.strides[1], t.strides[2]}; }
+
+// What attention has beside its ops.
+void define_attention(pybind11::module_& m);
 
 // The value, which must be `least` or more.
 int64_t at_least(int64_t least, const char* argument, int64_t value);

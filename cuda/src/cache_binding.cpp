@@ -5,6 +5,7 @@
 
 #include "binding.h"
 #include "cpu.h"
+#include "target.h"
 
 namespace py = pybind11;
 
@@ -48,7 +49,14 @@ void reshape_and_cache(const Arguments<kReshapeAndCache.count>& arguments) {
   p.element_size = key.element_size;
   p.key_bytes = sizes[Axis::head_dim] * p.element_size;
   p.value_bytes = sizes[Axis::v_head_dim] * p.element_size;
-  without_gil([&] { cpu::reshape_and_cache(p, sizes[Axis::num_blocks], threads); });
+  const int64_t num_blocks = sizes[Axis::num_blocks];
+  if (require_one_device({&key, &value, &k, &v, &slots}).cuda) {
+    return on_gpu(key, [&](device::Stream stream, uint32_t* faults) {
+      p.faults = faults;
+      gpu::reshape_and_cache(p, num_blocks, stream);
+    });
+  }
+  without_gil([&] { cpu::reshape_and_cache(p, num_blocks, threads); });
 }
 
 // A tensor's blocks with their inner axes in memory order and merged, so that a transposed view of a dense block is
@@ -95,7 +103,63 @@ struct BlockArgs {
     for (const py::handle cache : py::reinterpret_borrow<py::tuple>(owner))
       regions.push_back(region_of(tensors.emplace_back("kv", cache)));
   }
+
+  void require_apart(const Tensor& other) const {
+    for (const Tensor& cache : tensors) require_disjoint(cache, {&other});
+  }
+  // The device of all caches and of `others`.
+  Device device(const Tensor& first, const Tensor* second = nullptr) const {
+    for (const Tensor& cache : tensors) require_one_device({&cache, &first, second});
+    return require_one_device({&first, second});
+  }
+  // Bytes of one block in all caches.
+  int64_t block_bytes() const {
+    int64_t bytes = 0;
+    for (const cpu::BlockRegion& region : regions) bytes += bytes_of(region);
+    return bytes;
+  }
+
+  static int64_t bytes_of(const cpu::BlockRegion& region) {
+    int64_t bytes = region.contiguous_bytes;
+    for (const int64_t extent : region.shape) bytes *= extent;
+    return bytes;
+  }
 };
+
+// The GPU kernels take a block of at most two axes of contiguous runs.
+gpu::BlockRegion gpu_region(const cpu::BlockRegion& region, uint32_t* faults) {
+  if (region.shape.size() > 2) {
+    refuse("kv", "blocks whose memory is at most two axes of contiguous runs",
+           std::to_string(region.shape.size()) + " axes");
+  }
+  gpu::BlockRegion r{region.data, region.num_blocks, region.block_stride, {1, 1}, {0, 0}, region.contiguous_bytes,
+                     faults};
+  for (size_t i = 0, at = 2 - region.shape.size(); i < region.shape.size(); ++i, ++at) {
+    r.shape[at] = region.shape[i];
+    r.strides[at] = region.strides[i];
+  }
+  return r;
+}
+
+template <class Op>
+void for_each_gpu_region(const Tensor& ids, const BlockArgs& blocks, const Op& op) {
+  on_gpu(ids, [&](device::Stream stream, uint32_t* faults) {
+    std::vector<gpu::BlockRegion> regions;  // all are checked before the first is launched
+    for (const cpu::BlockRegion& region : blocks.regions) regions.push_back(gpu_region(region, faults));
+    for (const gpu::BlockRegion& region : regions) op(region, stream);
+  });
+}
+
+// [count, columns], or [count] for one column: int32 without gaps.
+void require_rows(const Tensor& ids, std::initializer_list<Axis> axes, int64_t columns) {
+  require_dtype(ids, {DType::i32});
+  Sizes sizes;
+  sizes.match(ids, axes);
+  if (columns > 1 && (ids.shape[1] != columns || (ids.shape[0] > 1 && ids.strides[0] != columns))) {
+    refuse(ids.name, "contiguous int32 [" + std::to_string(ids.shape[0]) + ", " + std::to_string(columns) + "]",
+           "another shape or stride");
+  }
+}
 
 constexpr Signature kCopyBlocks{"copy_blocks", 2, 2, "caches", "pairs", "num_threads"};
 
@@ -104,27 +168,126 @@ void copy_blocks(const Arguments<kCopyBlocks.count>& arguments) {
   const int threads = threads_of(num_threads);
   const BlockArgs blocks(caches);
   const Tensor pairs("pairs", src_dst);
-  require_dtype(pairs, {DType::i32});
-  Sizes sizes;
-  sizes.match(pairs, {Axis::num_pairs, Axis::pair});
-  if (pairs.shape[1] != 2 || (pairs.shape[0] > 1 && pairs.strides[0] != 2))
-    refuse("pairs", "contiguous int32 [num_pairs, 2]", "another shape or stride");
-  for (const Tensor& cache : blocks.tensors) require_disjoint(cache, {&pairs});
-  without_gil([&] { cpu::copy_blocks(blocks.regions, pairs.as<const int32_t>(), pairs.shape[0], threads); });
+  require_rows(pairs, {Axis::num_pairs, Axis::pair}, 2);
+  blocks.require_apart(pairs);
+  const auto* const ids = pairs.as<const int32_t>();
+  const int64_t count = pairs.shape[0];
+  if (blocks.device(pairs).cuda) {
+    return for_each_gpu_region(pairs, blocks, [&](const gpu::BlockRegion& region, device::Stream stream) {
+      gpu::copy_blocks(region, ids, count, stream);
+    });
+  }
+  without_gil([&] { cpu::copy_blocks(blocks.regions, ids, count, threads); });
 }
 
 constexpr Signature kZeroBlocks{"zero_blocks", 2, 2, "caches", "blocks", "num_threads"};
 
 void zero_blocks(const Arguments<kZeroBlocks.count>& arguments) {
-  const auto& [caches, blocks, num_threads] = arguments;
+  const auto& [caches, block_ids, num_threads] = arguments;
   const int threads = threads_of(num_threads);
-  const BlockArgs targets(caches);
-  const Tensor ids("blocks", blocks);
-  require_dtype(ids, {DType::i32});
+  const BlockArgs blocks(caches);
+  const Tensor ids("blocks", block_ids);
+  require_rows(ids, {Axis::count}, 1);
+  blocks.require_apart(ids);
+  const auto* const list = ids.as<const int32_t>();
+  const int64_t count = ids.shape[0];
+  if (blocks.device(ids).cuda) {
+    return for_each_gpu_region(ids, blocks, [&](const gpu::BlockRegion& region, device::Stream stream) {
+      gpu::zero_blocks(region, list, count, stream);
+    });
+  }
+  without_gil([&] { cpu::zero_blocks(blocks.regions, list, count, threads); });
+}
+
+// What gather and scatter share: `staging` holds, cache after cache, [count, bytes of its block].
+struct StagedArgs {
+  BlockArgs blocks;
+  Tensor ids, staging;
+  const int32_t* list;
+  int64_t count;
+  bool cuda;
+
+  StagedArgs(PyObject* caches, PyObject* block_ids, const char* name, PyObject* buffer)
+      : blocks(caches), ids("blocks", block_ids), staging(name, buffer) {
+    require_rows(ids, {Axis::count}, 1);
+    list = ids.as<const int32_t>();
+    count = ids.shape[0];
+    require_dense(staging);
+    int64_t bytes = staging.element_size;
+    for (int i = 0; i < staging.ndim; ++i) bytes *= staging.shape[static_cast<size_t>(i)];
+    const int64_t needed = count * blocks.block_bytes();
+    if (bytes != needed) {
+      refuse(name,
+             std::to_string(needed) + " bytes: " + std::to_string(count) + " blocks of " +
+                 std::to_string(blocks.block_bytes()),
+             std::to_string(bytes));
+    }
+    blocks.require_apart(staging);
+    cuda = blocks.device(ids, &staging).cuda;
+  }
+
+  // op(region, where it begins in the staging buffer, stream)
+  template <class Op>
+  void run_on_gpu(const Op& op) const {
+    char* at = staging.data;
+    for_each_gpu_region(ids, blocks, [&](const gpu::BlockRegion& region, device::Stream stream) {
+      op(region, at, stream);
+      at += count * region.shape[0] * region.shape[1] * region.contiguous_bytes;
+    });
+  }
+};
+
+constexpr Signature kGatherBlocks{"gather_blocks", 3, 3, "caches", "blocks", "out", "num_threads"};
+
+void gather_blocks(const Arguments<kGatherBlocks.count>& arguments) {
+  const auto& [caches, block_ids, out, num_threads] = arguments;
+  const int threads = threads_of(num_threads);
+  const StagedArgs a(caches, block_ids, "out", out);
+  require_writable(a.staging);
+  require_disjoint(a.staging, {&a.ids});
+  if (a.cuda) {
+    return a.run_on_gpu([&](const gpu::BlockRegion& region, char* to, device::Stream stream) {
+      gpu::gather_blocks(region, a.list, a.count, to, stream);
+    });
+  }
+  without_gil([&] { cpu::gather_blocks(a.blocks.regions, a.list, a.count, a.staging.data, threads); });
+}
+
+constexpr Signature kScatterBlocks{"scatter_blocks", 3, 3, "caches", "blocks", "src", "num_threads"};
+
+void scatter_blocks(const Arguments<kScatterBlocks.count>& arguments) {
+  const auto& [caches, block_ids, src, num_threads] = arguments;
+  const int threads = threads_of(num_threads);
+  const StagedArgs a(caches, block_ids, "src", src);
+  a.blocks.require_apart(a.ids);
+  if (a.cuda) {
+    return a.run_on_gpu([&](const gpu::BlockRegion& region, const char* from, device::Stream stream) {
+      gpu::scatter_blocks(region, a.list, a.count, from, stream);
+    });
+  }
+  without_gil([&] { cpu::scatter_blocks(a.blocks.regions, a.list, a.count, a.staging.data, threads); });
+}
+
+constexpr Signature kUpdateBlockTable{"update_block_table", 2, 2, "table", "updates"};
+
+void update_block_table(const Arguments<kUpdateBlockTable.count>& arguments) {
+  const auto& [block_table, row_index_block] = arguments;
+  const Tensor table("table", block_table), updates("updates", row_index_block);
+  require_dtype(table, {DType::i32});
   Sizes sizes;
-  sizes.match(ids, {Axis::count});
-  for (const Tensor& cache : targets.tensors) require_disjoint(cache, {&ids});
-  without_gil([&] { cpu::zero_blocks(targets.regions, ids.as<const int32_t>(), ids.shape[0], threads); });
+  sizes.match(table, {Axis::table_rows, Axis::max_blocks});
+  require_rows(updates, {Axis::num_updates, Axis::update}, 3);
+  require_writable(table);
+  require_disjoint(table, {&updates});
+  auto* const entries = table.as<int32_t>();
+  const auto* const list = updates.as<const int32_t>();
+  const int64_t rows = table.shape[0], columns = table.shape[1], count = updates.shape[0];
+  if (require_one_device({&table, &updates}).cuda) {
+    return on_gpu(table, [&](device::Stream stream, uint32_t* faults) {
+      gpu::update_block_table(entries, table.strides[0], rows, columns, list, count, faults, stream);
+    });
+  }
+  without_gil([&] { cpu::update_block_table(entries, table.strides[0], rows, columns, list, count); });
 }
 
 }  // namespace
@@ -134,6 +297,9 @@ PyMethodDef cache_methods[] = {
                      "(key, value, k_cache, v_cache, slot_mapping, *, num_threads=None)"),
     PAGEDCORE_METHOD(copy_blocks, kCopyBlocks, "(caches, pairs, *, num_threads=None)"),
     PAGEDCORE_METHOD(zero_blocks, kZeroBlocks, "(caches, blocks, *, num_threads=None)"),
+    PAGEDCORE_METHOD(gather_blocks, kGatherBlocks, "(caches, blocks, out, *, num_threads=None)"),
+    PAGEDCORE_METHOD(scatter_blocks, kScatterBlocks, "(caches, blocks, src, *, num_threads=None)"),
+    PAGEDCORE_METHOD(update_block_table, kUpdateBlockTable, "(table, updates)"),
     {nullptr, nullptr, 0, nullptr},
 };
 

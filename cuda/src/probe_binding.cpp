@@ -1,6 +1,7 @@
 // Plain reads of memory, which benchmarks compare the ops with.
 #include "binding.h"
 #include "cpu.h"
+#include "target.h"
 
 namespace pagedcore {
 namespace {
@@ -11,6 +12,7 @@ void read_range(const Arguments<kReadRange.count>& arguments) {
   const auto& [tensor, num_threads] = arguments;
   const int threads = threads_of(num_threads);
   const Tensor t("tensor", tensor);
+  require_cpu(t);
   Sizes sizes;
   sizes.match(t, {Axis::elements});
   require_isa();
@@ -23,6 +25,8 @@ void read_blocks(const Arguments<kReadBlocks.count>& arguments) {
   const auto& [tensor, blocks, num_threads] = arguments;
   const int threads = threads_of(num_threads);
   const Tensor t("tensor", tensor), ids("blocks", blocks);
+  require_cpu(t);
+  require_cpu(ids);
   require_dtype(ids, {DType::i32});
   Sizes sizes;
   sizes.match(t, {Axis::num_blocks, Axis::elements});

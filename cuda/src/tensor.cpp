@@ -1,8 +1,11 @@
 #include "tensor.h"
 
+#include <algorithm>
 #include <cstring>
+#include <iterator>
 
 #include "dlpack_abi.h"
+#include "target.h"
 
 namespace py = pybind11;
 
@@ -66,9 +69,10 @@ std::string shape_text(const Tensor& tensor) {
 }  // namespace
 
 Tensor::Tensor(const char* name, py::handle object) : name(name) {
-  if (!from_exchange_api(object) && !from_buffer(object) && !from_array_interface(object)) {
+  if (!from_exchange_api(object) && !from_buffer(object) && !from_array_interface(object) && !from_attributes(object) &&
+      !from_cuda_array_interface(object)) {
     throw ArgumentError(Fault::type, name,
-                        "a tensor (torch, NumPy, or any with DLPack's C exchange API or the buffer protocol)",
+                        "a tensor (torch, NumPy, CuPy, or any with DLPack's C exchange API or the buffer protocol)",
                         Py_TYPE(object.ptr())->tp_name);
   }
   require_memory();
@@ -93,12 +97,13 @@ void Tensor::require_memory() const {
   }
 }
 
-void Tensor::require_cpu(int32_t device_type) const {
-  if (device_type == dlpack::kCPU || device_type == dlpack::kCUDAHost) return;
-  throw ArgumentError(Fault::invalid_argument, name, "a tensor on the CPU",
-                      device_type == dlpack::kCUDA || device_type == dlpack::kCUDAManaged
-                          ? "one on a CUDA device"
-                          : "one on DLPack device type " + std::to_string(device_type));
+void Tensor::set_device(int32_t type, int32_t id) {
+  if (type == dlpack::kCPU || type == dlpack::kCUDAHost) return;
+  if (type != dlpack::kCUDA && type != dlpack::kCUDAManaged) {
+    throw ArgumentError(Fault::invalid_argument, name, "a tensor on the CPU or a CUDA device",
+                        "one on DLPack device type " + std::to_string(type));
+  }
+  device = {true, id};
 }
 
 bool Tensor::set_dtype(uint8_t code, int bits) {
@@ -136,7 +141,9 @@ bool Tensor::from_exchange_api(py::handle object) {
     }
     throw ArgumentError(Fault::invalid_argument, name, "a dense tensor with memory of its own", reason);
   }
-  require_cpu(view.device.type);
+  source = Source::exchange_api;
+  exchange = api;
+  set_device(view.device.type, view.device.id);
   if (view.ndim > kMaxDims)
     throw ArgumentError(Fault::invalid_argument, name, "at most 6 dimensions", std::to_string(view.ndim));
   if (view.dtype.lanes != 1) throw ArgumentError(Fault::invalid_argument, name, "a scalar dtype", "a vector dtype");
@@ -199,38 +206,106 @@ bool Tensor::from_array_interface(py::handle object) {
   const auto pointer = py::cast<py::tuple>(interface["data"]);
   if (dtype_text != "bfloat16") refuse_dtype("dtype " + dtype_text);
   set_dtype(dlpack::kBfloat, 16);
-  if (shape_tuple.size() > kMaxDims)
-    throw ArgumentError(Fault::invalid_argument, name, "at most 6 dimensions", std::to_string(shape_tuple.size()));
+  source = Source::array_interface;
   data = reinterpret_cast<char*>(py::cast<uintptr_t>(pointer[0]));
   read_only = py::cast<bool>(pointer[1]);
-  ndim = static_cast<int>(shape_tuple.size());
-  const py::object given = interface.contains("strides") ? py::object(interface["strides"]) : py::none();
+  set_layout(shape_tuple, interface.contains("strides") ? py::object(interface["strides"]) : py::none());
+  return true;
+}
+
+bool Tensor::from_cuda_array_interface(py::handle object) {
+  if (!py::hasattr(object, "__cuda_array_interface__")) return false;
+  const auto interface = py::cast<py::dict>(object.attr("__cuda_array_interface__"));
+  const auto field = [&](const char* key) { return interface.contains(key) ? py::object(interface[key]) : py::none(); };
+  if (!field("mask").is_none()) throw ArgumentError(Fault::invalid_argument, name, "an array without a mask", "one");
+  const auto type = py::cast<std::string>(field("typestr"));
+  const bool bfloat16 =
+      py::hasattr(object, "dtype") && py::cast<std::string>(py::str(object.attr("dtype"))) == "bfloat16";
+  const char kind = type.size() == 3 && type[0] != '>' ? type[1] : '\0';
+  const dlpack::TypeCode code = bfloat16      ? dlpack::kBfloat
+                                : kind == 'f' ? dlpack::kFloat
+                                : kind == 'i' ? dlpack::kInt
+                                : kind == 'u' ? dlpack::kUInt
+                                              : kNoType;
+  if (!set_dtype(code, type.size() == 3 ? (type[2] - '0') * 8 : 0)) refuse_dtype("typestr '" + type + "'");
+  const auto pointer = py::cast<py::tuple>(field("data"));
+  source = Source::cuda_array_interface;
+  data = reinterpret_cast<char*>(py::cast<uintptr_t>(pointer[0]));
+  read_only = py::cast<bool>(pointer[1]);
+  set_layout(field("shape"), field("strides"));
+  if (const py::object stream = field("stream"); !stream.is_none()) interface_stream = py::cast<uintptr_t>(stream);
+  // The interface does not say which device. CuPy does; else the driver knows whose memory it is.
+  int id = 0;
+  if (const py::object own = py::getattr(object, "device", py::none()); py::hasattr(own, "id")) {
+    id = py::cast<int>(own.attr("id"));
+  } else if constexpr (kGpuBuilt) {
+    id = gpu::device_of(data);
+  }
+  set_device(dlpack::kCUDA, id);
+  return true;
+}
+
+bool Tensor::from_attributes(py::handle object) {
+  for (const char* attribute : {"data_ptr", "dtype", "device", "shape", "stride"}) {
+    if (!py::hasattr(object, attribute)) return false;
+  }
+  const std::string type = py::str(object.attr("dtype"));
+  const struct {
+    const char* name;
+    dlpack::TypeCode code;
+    int bits;
+  } types[] = {{"torch.float32", dlpack::kFloat, 32},   {"torch.float16", dlpack::kFloat, 16},
+               {"torch.bfloat16", dlpack::kBfloat, 16}, {"torch.int32", dlpack::kInt, 32},
+               {"torch.int64", dlpack::kInt, 64},       {"torch.uint8", dlpack::kUInt, 8}};
+  const auto* known = std::find_if(std::begin(types), std::end(types), [&](const auto& t) { return type == t.name; });
+  if (known == std::end(types)) refuse_dtype("dtype " + type);
+  set_dtype(known->code, known->bits);
+  source = Source::attributes;
+  const auto device_type = py::cast<std::string>(object.attr("device").attr("type"));
+  if (device_type == "cuda") {
+    set_device(dlpack::kCUDA, py::cast<int>(object.attr("device").attr("index")));
+  } else if (device_type != "cpu") {
+    throw ArgumentError(Fault::invalid_argument, name, "a tensor on the CPU or a CUDA device", "one on " + device_type);
+  }
+  data = reinterpret_cast<char*>(py::cast<uintptr_t>(object.attr("data_ptr")()));
+  const py::tuple elements = object.attr("stride")();
+  py::tuple bytes(elements.size());
+  for (size_t i = 0; i < elements.size(); ++i) bytes[i] = py::cast<int64_t>(elements[i]) * element_size;
+  set_layout(object.attr("shape"), bytes);
+  return true;
+}
+
+void Tensor::set_layout(py::handle given_shape, py::handle byte_strides) {
+  const py::tuple sizes{py::reinterpret_borrow<py::object>(given_shape)};
+  if (sizes.size() > kMaxDims)
+    throw ArgumentError(Fault::invalid_argument, name, "at most 6 dimensions", std::to_string(sizes.size()));
+  ndim = static_cast<int>(sizes.size());
   int64_t dense = 1;
   for (int i = ndim - 1; i >= 0; --i) {
     const auto axis = static_cast<size_t>(i);
-    shape[axis] = py::cast<int64_t>(shape_tuple[axis]);
+    shape[axis] = py::cast<int64_t>(sizes[axis]);
     if (shape[axis] < 0)
       throw ArgumentError(Fault::invalid_argument, name, "sizes of 0 or more", std::to_string(shape[axis]));
-    if (given.is_none()) {
+    if (byte_strides.is_none()) {
       strides[axis] = dense;
     } else {
-      const auto bytes = py::cast<int64_t>(py::cast<py::tuple>(given)[axis]);
-      if (bytes % 2 != 0)
+      const auto bytes = py::cast<int64_t>(py::reinterpret_borrow<py::tuple>(byte_strides)[axis]);
+      if (bytes % element_size != 0)
         throw ArgumentError(Fault::invalid_argument, name, "strides that are multiples of the element size",
                             std::to_string(bytes) + " bytes");
-      strides[axis] = bytes / 2;
+      strides[axis] = bytes / element_size;
     }
     dense *= shape[axis];
   }
-  return true;
 }
 
 namespace {
 
 const char* axis_name(Axis axis) {
   static constexpr const char* kNames[] = {
-      "num_tokens",   "num_heads",  "num_kv_heads", "head_dim",  "v_head_dim", "num_blocks", "block_size", "num_seqs",
-      "num_seqs + 1", "table_rows", "max_blocks",   "num_pairs", "2",          "count",      "elements"};
+      "num_tokens", "num_heads",    "num_kv_heads", "head_dim",   "v_head_dim", "num_blocks", "block_size",
+      "num_seqs",   "num_seqs + 1", "table_rows",   "max_blocks", "num_pairs",  "2",          "num_updates",
+      "3",          "count",        "elements"};
   static_assert(sizeof kNames / sizeof *kNames == static_cast<size_t>(Axis::elements) + 1, "a name for every axis");
   return kNames[static_cast<size_t>(axis)];
 }
@@ -308,6 +383,19 @@ void require_writable(const Tensor& tensor) {
       throw ArgumentError(Fault::invalid_argument, tensor.name, "memory of its own for every element",
                           "stride 0 on axis " + std::to_string(i) + " of " + shape_text(tensor));
     }
+  }
+}
+
+void require_dense(const Tensor& tensor) {
+  int64_t dense = 1;
+  for (int i = tensor.ndim - 1; i >= 0; --i) {
+    const auto axis = static_cast<size_t>(i);
+    if (tensor.shape[axis] > 1 && tensor.strides[axis] != dense && !tensor.empty()) {
+      throw ArgumentError(Fault::invalid_argument, tensor.name, "contiguous memory",
+                          "stride " + std::to_string(tensor.strides[axis]) + " on axis " + std::to_string(i) + " of " +
+                              shape_text(tensor));
+    }
+    dense *= tensor.shape[axis];
   }
 }
 

@@ -13,10 +13,23 @@
 
 namespace pagedcore {
 
+namespace dlpack {
+struct ExchangeApi;
+}
+
+// The CPU, or a CUDA device. Pinned host memory counts as the CPU's, managed memory as its device's.
+struct Device {
+  bool cuda = false;
+  int32_t id = 0;
+};
+
 // A borrowed tensor argument. Taken from the DLPack C exchange API where the type has one (torch), else from the buffer
-// protocol (NumPy), else from __array_interface__ (ml_dtypes' bfloat16, which the buffer protocol cannot name).
+// protocol (NumPy), from __array_interface__ (ml_dtypes' bfloat16, which the buffer protocol cannot name), from
+// __cuda_array_interface__ (CuPy), or from data_ptr() and its companions (a torch that is older than the exchange API).
 class Tensor {
  public:
+  enum class Source : uint8_t { exchange_api, buffer, array_interface, cuda_array_interface, attributes };
+
   static constexpr int kMaxDims = 6;
 
   Tensor(const char* name, pybind11::handle object);
@@ -31,6 +44,10 @@ class Tensor {
   std::array<int64_t, kMaxDims> shape{};
   std::array<int64_t, kMaxDims> strides{};  // in elements
   bool read_only = false;
+  Device device;
+  Source source = Source::buffer;
+  const dlpack::ExchangeApi* exchange = nullptr;  // of the exchange API
+  uintptr_t interface_stream = 0;                 // of __cuda_array_interface__; 0: it tells none
 
   bool empty() const;
   template <class T>
@@ -42,11 +59,14 @@ class Tensor {
   bool from_exchange_api(pybind11::handle object);
   bool from_buffer(pybind11::handle object);
   bool from_array_interface(pybind11::handle object);
+  bool from_cuda_array_interface(pybind11::handle object);
+  bool from_attributes(pybind11::handle object);
+  // Sizes and byte strides as a tuple each, the second None where the array is dense.
+  void set_layout(pybind11::handle shape, pybind11::handle byte_strides);
   // False for a type that is none of DType's.
   bool set_dtype(uint8_t code, int bits);
   [[noreturn]] void refuse_dtype(const std::string& shown) const;
-  void require_cpu(int32_t device_type) const;
-
+  void set_device(int32_t type, int32_t id);
   void require_memory() const;
 
   // A member of its own, so that a constructor that throws half-way gives the buffer back too.
@@ -78,6 +98,8 @@ enum class Axis : uint8_t {
   max_blocks,
   num_pairs,
   pair,  // (src, dst)
+  num_updates,
+  update,  // (row, index, block)
   count,
   elements,
 };
@@ -102,6 +124,8 @@ void require_dtype(const Tensor& tensor, std::initializer_list<DType> allowed);
 void require_same_dtype(const Tensor& tensor, const Tensor& reference);
 // Memory that may be written, with a place of its own for every element.
 void require_writable(const Tensor& tensor);
+// Memory without gaps, in the order of the axes.
+void require_dense(const Tensor& tensor);
 // Writing through the first must not change what the others read: their address ranges must not meet. Null is an
 // argument that was not given.
 void require_disjoint(const Tensor& written, std::initializer_list<const Tensor*> others);

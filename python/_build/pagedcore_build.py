@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -115,13 +116,18 @@ def build_kernels() -> Path:
         configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
 
-    # A CMake cache remembers paths into the isolated environment that made it, which is gone by the next build.
-    stamp = build / "configured-with.txt"
-    command = "\n".join(configure)
-    if not stamp.is_file() or stamp.read_text() != command:
+    # A CMake cache remembers paths into the isolated environment that made it, which is gone by the next build, and an
+    # nvcc that may be another by then. One that has come or gone changes nothing for what is compiled without it.
+    gpu = os.environ.get("PAGEDCORE_CUDA") or "AUTO"
+    nvcc = None if gpu.upper() == "OFF" else runpy.run_path(str(Path(__file__).with_name("nvcc.py")))["find"]()
+    stamps = {build / "configured-with.txt": "\n".join(configure)}
+    if nvcc:
+        stamps[build / "compiled-with-nvcc.txt"] = str(nvcc)
+    if any(stamp.is_file() and stamp.read_text() != text for stamp, text in stamps.items()):
         shutil.rmtree(build, ignore_errors=True)
-    run(configure, "configure the kernels")
-    stamp.write_text(command)
+    run([*configure, f"-DPAGEDCORE_CUDA={gpu}"], "configure the kernels")
+    for stamp, text in stamps.items():
+        stamp.write_text(text)
     run([cmake, "--build", str(build), "--parallel"], "compile the kernels")
 
     suffix = sysconfig.get_config_var("EXT_SUFFIX")

@@ -172,6 +172,19 @@ def _as_json(number: int, prompt: str, output: Any) -> dict[str, Any]:
     }
 
 
+def _gpu_lines(gpu: dict[str, Any]) -> list[str]:
+    if gpu["images"] is None:
+        return ["GPU kernels not in this build (no nvcc, or PAGEDCORE_CUDA=OFF)"]
+    lines = [f"GPU kernels {gpu['images']}"]
+    if gpu["problem"]:
+        lines.append(f"GPUs        none: {gpu['problem']}")
+    for number, device in enumerate(gpu["devices"]):
+        memory = f"{device['memory'] / 2**30:.0f} GiB"
+        facts = f"compute capability {device['capability']}, {device['multiprocessors']} multiprocessors, {memory}"
+        lines.append(f"GPU {number}       {device['name']}, {facts}")
+    return lines
+
+
 def _info(options: argparse.Namespace) -> int:
     facts = environment.describe()
     if options.json:
@@ -185,6 +198,8 @@ def _info(options: argparse.Namespace) -> int:
     print(f"  processor   {facts['cpu']['model']}, {facts['cpu']['cores']} cores")
     kernels = facts["kernels"]
     print(f"  CPU kernels {kernels['cpu_isa']}, {kernels['threads']} threads ({kernels['thread_runtime']})")
+    for line in _gpu_lines(facts["gpu"]):
+        print(f"  {line}")
     memory = facts["memory"]
     print(f"  memory      {memory['available'] / 2**30:.1f} GiB available of {memory['total'] / 2**30:.1f} GiB")
     print("environment")

@@ -181,6 +181,7 @@ def describe() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": {"model": cpu_model(), "cores": cpu_count()},
         "kernels": _kernels(),
+        "gpu": _gpu(),
         "memory": {"total": total_memory(), "available": available_memory()},
         "environment": check(),
         "executable": sys.executable,
@@ -196,6 +197,13 @@ def _kernels() -> dict[str, Any]:
         "threads": _kernels.max_threads(),
         "thread_runtime": _kernels.thread_runtime(),
     }
+
+
+def _gpu() -> dict[str, Any]:
+    """What the GPU kernels were compiled for (None: they were not), the driver, and the devices it shows."""
+    from pagedcore import _kernels
+
+    return _kernels.gpu_facts()
 
 
 def _proc_meminfo() -> dict[str, int]:

@@ -1,11 +1,14 @@
-"""Level 4: what is done to tensors. Write K and V to the cache, attend to it, copy and clear its blocks.
+"""Level 4: what is done to tensors. Write K and V to the cache, attend to it, copy, clear and move its blocks.
 
-Tensors are torch tensors or NumPy arrays on the CPU (anything with DLPack's C exchange API or the buffer protocol).
+Tensors are torch tensors, NumPy arrays or CuPy arrays (anything with DLPack's C exchange API, the buffer protocol or
+``__cuda_array_interface__``), all of one call on the CPU or on one CUDA device; there the ops are put on the library's
+current stream, and return before they are done.
 Axis order is fixed, strides are not: the last axis must be contiguous, all others may have any stride, so a cache in
 another order is passed as a transposed view. Index tensors are int32, ``slot_mapping`` int64.
 
-Every call checks its arguments first; on an error nothing has been written. The GIL is released while it works: until
-it returns, no other thread may write to what it reads (an index that changes after its check is followed unchecked) or
+Every call checks its arguments first; on an error nothing has been written. What indices hold is checked on the CPU;
+on a GPU what is out of range is masked and flagged (`device_errors`). The GIL is released while it works: until it
+returns, no other thread may write to what it reads (an index that changes after its check is followed unchecked) or
 read what it writes.
 """
 
@@ -15,8 +18,9 @@ import sys
 from typing import Any
 
 from pagedcore import _kernels
-from pagedcore.errors import InvalidArgumentError, UnsupportedError
-from pagedcore.layout import KVCache
+from pagedcore.errors import UnsupportedError
+from pagedcore.layout import dtype_name
+from pagedcore.tensors import block_tensors, device_index, device_of, new_bytes, new_lse, new_out, require_axes
 
 
 def needs_dispatcher(*tensors: Any) -> bool:
@@ -105,13 +109,17 @@ def paged_attention(
 
     Returns out ``[num_tokens, num_heads, v_head_dim]``, or ``(out, lse)`` if an lse is asked for: float32
     ``[num_tokens, num_heads]``, natural log. A row that sees no key (seq_len 0, padding) is 0, with lse -inf.
+
+    On a GPU a plan says how the work is cut: `plan_attention` makes one, which all layers of a step share that agree in
+    what it is made from. workspace is memory of `attention_workspace_size` bytes. What is absent is planned and
+    allocated for this call. Both belong to one stream; the CPU needs neither.
     """
-    if not (k_scale is v_scale is plan is workspace is None):
-        _refuse_given(k_scale=k_scale, v_scale=v_scale, plan=plan, workspace=workspace)
+    if not (k_scale is v_scale is None):
+        _refuse_given(k_scale=k_scale, v_scale=v_scale)
     if out is None:
-        out = _new_out(query, v_cache)
+        out = new_out(query, v_cache)
     if lse is None and return_lse:
-        lse = _new_lse(query)
+        lse = new_lse(query)
     traced = needs_dispatcher(
         query,
         k_cache,
@@ -124,6 +132,8 @@ def paged_attention(
         alibi_slopes,
         sinks,
         block_table_rows,
+        plan,
+        workspace,
     )
     attend = _torch_ops().paged_attention if traced else _kernels.paged_attention
     attend(
@@ -145,71 +155,198 @@ def paged_attention(
         max_seq_len=max_seq_len,
         block_table_rows=block_table_rows,
         split_size=split_size,
+        plan=plan,
+        workspace=workspace,
         num_threads=num_threads,
     )
     return out if lse is None else (out, lse)
 
 
-def require_axes(name: str, tensor: Any, *axes: str) -> tuple[int, ...]:
-    """The shape of a tensor that must have these axes."""
-    shape = getattr(tensor, "shape", None)
-    if shape is None:
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if len(shape) != len(axes):
-        raise InvalidArgumentError(
-            f"{name}: expected shape [{', '.join(axes)}], got {list(shape)}",
-            argument=name,
-            got=tuple(shape),
-            expected=len(axes),
-        )
-    return tuple(shape)
+def plan_attention(
+    seq_lens: Any,
+    query_start_loc: Any,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_query_len: int,
+    causal: bool = True,
+    window: int | None = None,
+    split_size: int | None = None,
+    v_head_dim: int | None = None,
+    num_tokens: int | None = None,
+    dtype: Any = "bfloat16",
+    out: Any = None,
+) -> Any:
+    """The plan of one step's attention, for `paged_attention`: how its work is cut over a GPU. Made on the device from
+    what the lengths hold then, without waiting for it, so that a captured graph plans anew at each replay.
+
+    The calls that use it must have these same lengths, heads, head sizes, dtype (of the queries), mask, split_size and
+    max_query_len, and as many query tokens as num_tokens says (absent: num_seqs * max_query_len).
+
+    Returns `out`: uint8 ``[attention_plan_size(...)]``, allocated if absent. On the CPU there is nothing to plan, and
+    it has no elements.
+    """
+    shape = require_axes("seq_lens", seq_lens, "num_seqs")
+    if v_head_dim is None:
+        v_head_dim = head_dim
+    if num_tokens is None:
+        num_tokens = shape[0] * max_query_len
+    dtype = dtype_name(dtype)
+    if out is None:
+        sizes = (num_tokens, shape[0], num_heads, num_kv_heads, head_dim, v_head_dim, max_query_len, dtype)
+        out = new_bytes(seq_lens, _kernels.attention_memory(device_of(seq_lens), *sizes)[0])
+    traced = needs_dispatcher(seq_lens, query_start_loc, out)
+    make = _torch_ops().plan_attention if traced else _kernels.plan_attention
+    make(
+        seq_lens,
+        query_start_loc,
+        out,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        v_head_dim=v_head_dim,
+        num_tokens=num_tokens,
+        max_query_len=max_query_len,
+        dtype=dtype,
+        window=window,
+        causal=causal,
+        split_size=split_size,
+    )
+    return out
 
 
-def _new_out(query: Any, v_cache: Any) -> Any:
-    """[num_tokens, num_heads, v_head_dim] in the library and dtype of `query`."""
-    num_tokens, num_heads, _ = require_axes("query", query, "num_tokens", "num_heads", "head_dim")
-    v_head_dim = require_axes("v_cache", v_cache, "num_blocks", "num_kv_heads", "block_size", "v_head_dim")[3]
-    if hasattr(query, "new_empty"):  # torch
-        return query.new_empty((num_tokens, num_heads, v_head_dim))
-    import numpy as np
+def attention_workspace_size(
+    max_num_tokens: int,
+    max_num_seqs: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    v_head_dim: int | None = None,
+    max_query_len: int | None = None,
+    dtype: Any = "bfloat16",
+    device: Any = "cuda",
+) -> int:
+    """Bytes of a workspace for every `paged_attention` of at most these sizes, with room for a plan where a call has
+    none. From shapes alone: no length is looked at. 0 on the CPU.
+    """
+    plan, workspace = _attention_memory(
+        max_num_tokens, max_num_seqs, num_heads, num_kv_heads, head_dim, v_head_dim, max_query_len, dtype, device
+    )
+    return plan + workspace
 
-    # A memoryview has no dtype, and NumPy none for it that it did not make itself.
-    return np.empty((num_tokens, num_heads, v_head_dim), getattr(query, "dtype", None) or np.asarray(query).dtype)
+
+def attention_plan_size(
+    max_num_tokens: int,
+    max_num_seqs: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    v_head_dim: int | None = None,
+    max_query_len: int | None = None,
+    dtype: Any = "bfloat16",
+    device: Any = "cuda",
+) -> int:
+    """Bytes of the `out` of every `plan_attention` of at most these sizes. 0 on the CPU."""
+    return _attention_memory(
+        max_num_tokens, max_num_seqs, num_heads, num_kv_heads, head_dim, v_head_dim, max_query_len, dtype, device
+    )[0]
 
 
-def _new_lse(query: Any) -> Any:
-    """[num_tokens, num_heads] float32 in the library of `query`."""
-    num_tokens, num_heads, _ = require_axes("query", query, "num_tokens", "num_heads", "head_dim")
-    if hasattr(query, "new_empty"):  # torch
-        return query.new_empty((num_tokens, num_heads), dtype=sys.modules["torch"].float32)
-    import numpy as np
+def _attention_memory(
+    max_num_tokens: int,
+    max_num_seqs: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    v_head_dim: int | None,
+    max_query_len: int | None,
+    dtype: Any,
+    device: Any,
+) -> tuple[int, int]:
+    """(bytes of a plan, bytes of a workspace) at most: which kernel runs depends on the longest query of a step."""
+    longest = max_num_tokens if max_query_len is None else max_query_len
+    lengths = {min(1 << power, longest) for power in range(longest.bit_length() + 1)}
+    heads = (num_heads, num_kv_heads, head_dim, head_dim if v_head_dim is None else v_head_dim)
+    index, name = device_index(device), dtype_name(dtype)
+    sizes = [_kernels.attention_memory(index, max_num_tokens, max_num_seqs, *heads, length, name) for length in lengths]
+    return max(plan for plan, _ in sizes), max(workspace for _, workspace in sizes)
 
-    return np.empty((num_tokens, num_heads), np.float32)
+
+def warmup(device: Any = "cuda") -> None:
+    """Loads every kernel onto a GPU, so that a CUDA graph can capture any op. Nothing to do on the CPU."""
+    index = device_index(device)
+    if index >= 0:
+        _kernels.warm_up(index)
 
 
-def _block_tensors(kv: Any) -> list[Any]:
-    if isinstance(kv, KVCache):
-        return kv.block_tensors()
-    if isinstance(kv, (list, tuple)):
-        return [tensor for item in kv for tensor in _block_tensors(item)]
-    return [kv]
+#: What `device_errors` says of each word that kernels set.
+_DEVICE_FAULTS = (
+    "a block id outside of [0, num_blocks)",
+    "a sequence longer than its row of the block table, or a row that the table does not have",
+    "a slot past the cache",
+    "a change of a block table outside of it",
+)
+
+
+def device_errors(device: Any = "cuda") -> list[str]:
+    """What the ops met on a GPU since the last call that is an error on the CPU, each kind once.
+
+    Nothing on the host reads the indices of a GPU op: kernels mask what is out of range, and flag it here. Does not
+    wait for the device: synchronise first to hear of the last ops too. Always empty for the CPU, where they are raised.
+    """
+    index = device_index(device)
+    return [_DEVICE_FAULTS[kind] for kind in _kernels.take_device_faults(index)] if index >= 0 else []
 
 
 def copy_blocks(kv: Any, pairs: Any, *, num_threads: int | None = None) -> None:
     """Copies whole blocks, all layers: for each row (src, dst) of `pairs`, in order, block dst becomes a copy of src.
 
     kv is a `KVCache`, or a tensor whose first axis is the block, or a list of these. pairs int32 ``[num_pairs, 2]``.
+    On a GPU pairs go in any order: there no dst may be another pair's src or dst.
     """
-    caches = _block_tensors(kv)
+    caches = block_tensors(kv)
     copy = _torch_ops().copy_blocks if needs_dispatcher(*caches, pairs) else _kernels.copy_blocks
     copy(caches, pairs, num_threads=num_threads)
 
 
 def zero_blocks(kv: Any, blocks: Any, *, num_threads: int | None = None) -> None:
     """Clears whole blocks, all layers. kv as in `copy_blocks`; blocks int32 ``[count]``."""
-    caches = _block_tensors(kv)
+    caches = block_tensors(kv)
     zero = _torch_ops().zero_blocks if needs_dispatcher(*caches, blocks) else _kernels.zero_blocks
     zero(caches, blocks, num_threads=num_threads)
+
+
+def gather_blocks(kv: Any, blocks: Any, out: Any, *, num_threads: int | None = None) -> None:
+    """Copies whole blocks, all layers, into one staging buffer: for offload, export, compaction.
+
+    kv as in `copy_blocks`; blocks int32 ``[count]``; out any tensor without gaps whose bytes are exactly those of the
+    blocks. It gets, tensor of kv after tensor, ``[count, bytes of a block]``, a block's bytes in memory order: what
+    `scatter_blocks` takes for a cache of the same layout.
+    """
+    caches = block_tensors(kv)
+    gather = _torch_ops().gather_blocks if needs_dispatcher(*caches, blocks, out) else _kernels.gather_blocks
+    gather(caches, blocks, out, num_threads=num_threads)
+
+
+def scatter_blocks(kv: Any, blocks: Any, src: Any, *, num_threads: int | None = None) -> None:
+    """The way back of `gather_blocks`: block ``blocks[i]`` becomes what is i-th in src. Of two entries with one block
+    the later is kept on the CPU; on a GPU there must be none.
+    """
+    caches = block_tensors(kv)
+    scatter = _torch_ops().scatter_blocks if needs_dispatcher(*caches, blocks, src) else _kernels.scatter_blocks
+    scatter(caches, blocks, src, num_threads=num_threads)
+
+
+def update_block_table(table: Any, updates: Any) -> None:
+    """``table[row, index] = block`` for each (row, index, block) of `updates`, int32 ``[num_updates, 3]``: what changed
+    in a table that is kept on a device. table int32 ``[rows, max_blocks]``. Of two updates of one entry the later holds
+    on the CPU; on a GPU there must be none.
+    """
+    update = _torch_ops().update_block_table if needs_dispatcher(table, updates) else _kernels.update_block_table
+    update(table, updates)
 
 
 if "torch" in sys.modules:

@@ -18,13 +18,14 @@ from torch.compiler import is_compiling
 
 from pagedcore import _kernels, ops
 from pagedcore.errors import InvalidArgumentError
+from pagedcore.tensors import require_axes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 _LIBRARY = torch.library.Library("pagedcore", "DEF")
 
-_SCHEMAS = {
+OPERATORS = {  # by name, their schemas
     "reshape_and_cache": (
         "(Tensor key, Tensor value, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, *,"
         " int? num_threads=None)"
@@ -33,10 +34,19 @@ _SCHEMAS = {
         "(Tensor query, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, Tensor query_start_loc,"
         " Tensor(a!) out, Tensor(b!)? lse=None, *, float? scale=None, bool causal=True, int? window=None,"
         " float softcap=0.0, Tensor? alibi_slopes=None, Tensor? sinks=None, int? max_query_len=None,"
-        " int? max_seq_len=None, Tensor? block_table_rows=None, int? split_size=None, int? num_threads=None)"
+        " int? max_seq_len=None, Tensor? block_table_rows=None, int? split_size=None, Tensor? plan=None,"
+        " Tensor(c!)? workspace=None, int? num_threads=None)"
+    ),
+    "plan_attention": (
+        "(Tensor seq_lens, Tensor query_start_loc, Tensor(a!) out, *, int num_heads, int num_kv_heads, int head_dim,"
+        " int v_head_dim, int num_tokens, int max_query_len, str dtype, int? window=None, bool causal=True,"
+        " int? split_size=None)"
     ),
     "copy_blocks": "(Tensor(a!)[] caches, Tensor pairs, *, int? num_threads=None)",
     "zero_blocks": "(Tensor(a!)[] caches, Tensor blocks, *, int? num_threads=None)",
+    "gather_blocks": "(Tensor[] caches, Tensor blocks, Tensor(a!) out, *, int? num_threads=None)",
+    "scatter_blocks": "(Tensor(a!)[] caches, Tensor blocks, Tensor src, *, int? num_threads=None)",
+    "update_block_table": "(Tensor(a!) table, Tensor updates)",
 }
 
 
@@ -58,8 +68,10 @@ _AXES = {
     "lse": ("num_tokens", "num_heads"),
     "pairs": ("num_pairs", "2"),
     "blocks": ("count",),
+    "table": ("table_rows", "max_blocks"),
+    "updates": ("num_updates", "3"),
 }
-_INT32 = ("seq_lens", "block_table", "block_table_rows", "query_start_loc", "pairs", "blocks")
+_INT32 = ("seq_lens", "block_table", "block_table_rows", "query_start_loc", "pairs", "blocks", "table", "updates")
 _FLOAT32 = ("lse", "alibi_slopes", "sinks")
 _FIXED_DTYPES = {
     **dict.fromkeys(_INT32, torch.int32),
@@ -82,12 +94,12 @@ def _require(holds: Any, name: str, expected: str, got: Any) -> None:
 def _check_call(tensors: dict[str, Any]) -> None:
     """What the kernels would refuse about ranks, sizes and dtypes."""
     kind: torch.dtype | None = None
-    sizes: dict[str, Any] = {"2": 2}
+    sizes: dict[str, Any] = {"2": 2, "3": 3}
     for name, tensor in tensors.items():
         axes = _AXES[name]
         if name == "block_table" and "block_table_rows" in tensors:
             axes = ("table_rows", "max_blocks")
-        for axis, size in zip(axes, ops.require_axes(name, tensor, *axes), strict=True):
+        for axis, size in zip(axes, require_axes(name, tensor, *axes), strict=True):
             known = sizes.setdefault(axis, size)
             _require(known == size, name, f"{axis} = {known}", size)
         if name in _FIXED_DTYPES:
@@ -111,13 +123,15 @@ def _fake(names: list[str]) -> Callable[..., None]:
         given = {**dict(zip(names, args, strict=False)), **options}
         for cache in given.get("caches", ()):
             _require(cache.ndim >= 2, "kv", "[num_blocks, ...]", f"{cache.ndim} dimension(s)")
-        _check_call({name: tensor for name, tensor in given.items() if name in _AXES and tensor is not None})
+        # A plan and a staging buffer are bytes, whatever their shape.
+        known = _AXES.keys() if "query" in given else _AXES.keys() - {"out"}
+        _check_call({name: tensor for name, tensor in given.items() if name in known and tensor is not None})
 
     return check
 
 
 def _register() -> None:
-    for name, schema in _SCHEMAS.items():
+    for name, schema in OPERATORS.items():
         _LIBRARY.define(f"{name}{schema} -> ()")
         # For every device: a tensor that the kernels cannot take is refused by them, in words, not by the dispatcher.
         _LIBRARY.impl(name, getattr(_kernels, name), "CompositeExplicitAutograd")

@@ -25,6 +25,8 @@ ENVIRONMENT = {
     "CARGO_TARGET_DIR": os.environ.get("CARGO_TARGET_DIR", str(ROOT / "target")),
     "PIP_DISABLE_PIP_VERSION_CHECK": "1",
     "PIP_NO_INDEX": "1",
+    # The GPU kernels are compiled once in a test run, by `make cuda-gates`.
+    "PAGEDCORE_CUDA": "OFF",
 }
 
 

@@ -111,6 +111,7 @@ PAGEDCORE_DEVICE void store_16(void* p, const Vec16& value) { *static_cast<uint4
 PAGEDCORE_DEVICE float load_coherent(const float* p) { return __ldcg(p); }
 PAGEDCORE_DEVICE int atomic_add(int* p, int value) { return atomicAdd(p, value); }
 PAGEDCORE_DEVICE void fence() { __threadfence(); }
+PAGEDCORE_DEVICE void raise_flag(uint32_t* word) { *static_cast<volatile uint32_t*>(word) = 1; }
 
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
@@ -144,6 +145,13 @@ class Residency {
   int threads_, shared_bytes_;
   mutable std::atomic<int> known_[kDevices] = {};
 };
+
+// Loads a kernel's code onto the current device: at its first launch that would be in the way of a capture.
+template <class Params>
+void load(void (*kernel)(Params)) {
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+}
 
 template <class Params>
 void launch(void (*kernel)(Params), int grid_x, int grid_y, int grid_z, int threads, size_t shared_bytes, Stream stream,

@@ -93,6 +93,11 @@ PAGEDCORE_DEVICE int atomic_add(int* p, int value) {
   return shim::plain_add(p, value);
 }
 PAGEDCORE_DEVICE void fence() { shim::fence(); }
+// Sets a word of host memory to 1. Many may at one time; none waits for it.
+PAGEDCORE_DEVICE void raise_flag(uint32_t* word) {
+  shim::atomic_access(word);
+  *static_cast<volatile uint32_t*>(word) = 1;
+}
 
 // A kernel on the current device: readied for its shared memory when first asked for, and how many of its blocks run at
 // one time. Here that is as many as the shim is told there are multiprocessors.
@@ -104,9 +109,12 @@ class Residency {
 };
 
 template <class Params>
-void launch(void (*kernel)(Params), int grid_x, int grid_y, int grid_z, int threads, size_t shared_bytes, Stream,
+void load(void (*)(Params)) {}
+
+template <class Params>
+void launch(void (*kernel)(Params), int grid_x, int grid_y, int grid_z, int threads, size_t shared_bytes, Stream stream,
             const Params& params) {
-  shim::launch({{grid_x, grid_y, grid_z}, threads, shared_bytes}, [kernel, params] { kernel(params); });
+  shim::launch({{grid_x, grid_y, grid_z}, threads, shared_bytes, stream}, [kernel, params] { kernel(params); });
 }
 
 }  // namespace pagedcore::device

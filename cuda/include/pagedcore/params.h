@@ -61,7 +61,8 @@ struct AttentionParams {
   const float* alibi_slopes;  // [num_heads]; a key at distance d from the query gets -slope * d; null: none
   const float* sinks;  // [num_heads] logits, each of a key without a value that all rows of its head see; null: none
   bool causal;
-  DType dtype;  // of query, k, v and out
+  DType dtype;       // of query, k, v and out
+  uint32_t* faults;  // [kDeviceFaults], see faults.h; null: nobody wants to know. Not used on the CPU
 };
 
 struct CacheWriteParams {
@@ -77,6 +78,7 @@ struct CacheWriteParams {
   int64_t key_bytes;    // head_dim * element size
   int64_t value_bytes;  // v_head_dim * element size
   int32_t element_size;
+  uint32_t* faults;  // as above
 };
 
 }  // namespace pagedcore

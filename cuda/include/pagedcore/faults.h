@@ -1,0 +1,14 @@
+// Indices that no host has read: a kernel that meets one out of range masks it and sets a word (gpu/runtime.h).
+#pragma once
+
+namespace pagedcore {
+
+enum class DeviceFault {
+  block,   // a block id outside of [0, num_blocks) where a query looks, or in a list of blocks
+  length,  // a sequence that is longer than its row of the block table, or whose row is not in the table
+  slot,    // a slot past the cache
+  update,  // a change of a block table outside of it
+};
+constexpr int kDeviceFaults = 4;
+
+}  // namespace pagedcore

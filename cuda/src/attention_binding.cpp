@@ -1,0 +1,337 @@
+// Attention, its plan and its workspace: arguments in, checks, GIL released around the work.
+#include <algorithm>
+#include <cmath>
+#include <optional>
+
+#include "binding.h"
+#include "cpu.h"
+#include "target.h"
+
+namespace py = pybind11;
+
+namespace pagedcore {
+namespace {
+
+constexpr int64_t kScratchAlignment = 16;
+
+int64_t round_up(int64_t bytes) { return (bytes + kScratchAlignment - 1) / kScratchAlignment * kScratchAlignment; }
+
+// Which keys a query sees, and how they may be cut.
+void read_mask(AttentionParams& p, PyObject* causal, PyObject* window, PyObject* split_size) {
+  p.causal = bool_or(true, "causal", causal);
+  if (const auto tokens = optional_int("window", window)) {
+    p.window = at_least(1, "window", *tokens);
+    if (!p.causal) throw ArgumentError(Fault::unsupported, "window", "causal=True with a window", "causal=False");
+  }
+  const auto split = optional_int("split_size", split_size);
+  if (split && *split < 0) refuse("split_size", "None, 0 or a number of tokens", std::to_string(*split));
+  p.split_size = split.value_or(-1);
+}
+
+// Memory that a GPU op works in: any tensor without gaps, of at least so many bytes, on 16 bytes.
+char* scratch(const Tensor& tensor, int64_t bytes) {
+  require_dense(tensor);
+  require_writable(tensor);
+  int64_t has = tensor.element_size;
+  for (int i = 0; i < tensor.ndim; ++i) has *= tensor.shape[static_cast<size_t>(i)];
+  if (has < bytes) refuse(tensor.name, std::to_string(bytes) + " bytes or more", std::to_string(has));
+  if (reinterpret_cast<uintptr_t>(tensor.data) % kScratchAlignment != 0)
+    refuse(tensor.name, "memory on 16 bytes", "misaligned memory");
+  return tensor.data;
+}
+
+// The plan lies behind the workspace where the caller gave no plan of their own.
+void attend_on_gpu(AttentionParams p, const Tensor& query, PyObject* query_object, const Tensor* plan,
+                   const Tensor* workspace) {
+  if constexpr (kGpuBuilt) {
+    int64_t plan_bytes = 0, workspace_bytes = 0;
+    {
+      const gpu::DeviceGuard guard(query.device.id);
+      plan_bytes = gpu::plan_bytes(p);
+      workspace_bytes = round_up(gpu::workspace_bytes(p));
+    }
+    const int64_t needed = workspace_bytes + (plan ? 0 : plan_bytes);
+    py::object owner;  // what is allocated here lives until the launches are on their stream
+    std::optional<Tensor> made;
+    if (!workspace && needed > 0) {
+      owner = py::module_::import("pagedcore.tensors").attr("new_bytes")(py::handle(query_object), needed);
+      workspace = &made.emplace("workspace", owner);
+    }
+    char* const memory = workspace ? scratch(*workspace, needed) : nullptr;
+    char* const plan_memory = plan ? scratch(*plan, plan_bytes) : memory + workspace_bytes;
+    on_gpu(query, [&](device::Stream stream, uint32_t* faults) {
+      p.faults = faults;
+      if (!plan) gpu::plan_attention(p, plan_memory, stream);
+      gpu::paged_attention(p, plan_memory, memory, stream);
+    });
+  }
+}
+
+constexpr Signature kPagedAttention{
+    "paged_attention",
+    8,
+    7,
+    "query",
+    "k_cache",
+    "v_cache",
+    "block_table",
+    "seq_lens",
+    "query_start_loc",
+    "out",
+    "lse",
+    "scale",
+    "causal",
+    "window",
+    "softcap",
+    "alibi_slopes",
+    "sinks",
+    "max_query_len",
+    "max_seq_len",
+    "block_table_rows",
+    "split_size",
+    "plan",
+    "workspace",
+    "num_threads",
+};
+
+void paged_attention(const Arguments<kPagedAttention.count>& arguments) {
+  const auto& [query, k_cache, v_cache, block_table, seq_lens, query_start_loc, out, lse, scale, causal, window,
+               softcap, alibi_slopes, sinks, max_query_len, max_seq_len, block_table_rows, split_size, plan, workspace,
+               num_threads] = arguments;
+  // Scalars first: their conversion may run Python code, and tensors are only borrowed.
+  AttentionParams p{};
+  const auto given_scale = optional_float("scale", scale);
+  read_mask(p, causal, window, split_size);
+  const double cap = optional_float("softcap", softcap).value_or(0.0);
+  if (!(cap >= 0.0) || !std::isfinite(static_cast<float>(cap)) || (cap > 0.0 && static_cast<float>(cap) == 0.0f))
+    refuse("softcap", "a finite float32, 0 (none) or more", std::to_string(cap));
+  p.softcap = static_cast<float>(cap);
+  p.max_query_len = at_least(0, "max_query_len", optional_int("max_query_len", max_query_len).value_or(INT64_MAX));
+  p.max_seq_len = at_least(0, "max_seq_len", optional_int("max_seq_len", max_seq_len).value_or(INT64_MAX));
+  const int threads = threads_of(num_threads);
+
+  const Tensor q("query", query), k("k_cache", k_cache), v("v_cache", v_cache), table("block_table", block_table),
+      lens("seq_lens", seq_lens), loc("query_start_loc", query_start_loc), o("out", out);
+  require_dtype(q, kFloats);
+  require_same_dtype(k, q);
+  require_same_dtype(v, q);
+  require_same_dtype(o, q);
+  require_dtype(table, {DType::i32});
+  require_dtype(lens, {DType::i32});
+  require_dtype(loc, {DType::i32});
+
+  Sizes sizes;
+  sizes.match(q, {Axis::num_tokens, Axis::num_heads, Axis::head_dim});
+  sizes.match(k, {Axis::num_blocks, Axis::num_kv_heads, Axis::block_size, Axis::head_dim});
+  sizes.match(v, {Axis::num_blocks, Axis::num_kv_heads, Axis::block_size, Axis::v_head_dim});
+  sizes.match(lens, {Axis::num_seqs});
+  sizes.match(table, {given(block_table_rows) ? Axis::table_rows : Axis::num_seqs, Axis::max_blocks});
+  sizes.match(loc, {Axis::num_starts});
+  sizes.match(o, {Axis::num_tokens, Axis::num_heads, Axis::v_head_dim});
+  std::optional<Tensor> lse_tensor, rows_tensor, slopes_tensor, sinks_tensor, plan_tensor, workspace_tensor;
+  const auto optional_tensor = [&](std::optional<Tensor>& place, const char* name, PyObject* value, DType dtype,
+                                   Axis axis) -> const Tensor* {
+    if (!given(value)) return nullptr;
+    const Tensor& tensor = place.emplace(name, value);
+    require_dtype(tensor, {dtype});
+    sizes.match(tensor, {axis});
+    return &tensor;
+  };
+  const Tensor* const rows =
+      optional_tensor(rows_tensor, "block_table_rows", block_table_rows, DType::i32, Axis::num_seqs);
+  const Tensor* const slopes =
+      optional_tensor(slopes_tensor, "alibi_slopes", alibi_slopes, DType::f32, Axis::num_heads);
+  const Tensor* const sink_logits = optional_tensor(sinks_tensor, "sinks", sinks, DType::f32, Axis::num_heads);
+  require_writable(o);
+  require_disjoint(o, {&q, &k, &v, &table, &lens, &loc, rows, slopes, sink_logits});
+
+  p.dtype = q.dtype;
+  p.num_tokens = sizes[Axis::num_tokens];
+  p.num_blocks = sizes[Axis::num_blocks];
+  p.max_blocks = sizes[Axis::max_blocks];
+  p.num_heads = size32(q, "num_heads", sizes[Axis::num_heads]);
+  p.head_dim = size32(q, "head_dim", sizes[Axis::head_dim], 256);
+  p.num_kv_heads = size32(k, "num_kv_heads", sizes[Axis::num_kv_heads]);
+  p.block_size = size32(k, "block_size", sizes[Axis::block_size]);
+  p.v_head_dim = size32(v, "v_head_dim", sizes[Axis::v_head_dim], 256);
+  if (p.num_heads % p.num_kv_heads != 0) {
+    refuse("query", "num_heads that is a multiple of num_kv_heads = " + std::to_string(p.num_kv_heads),
+           std::to_string(p.num_heads));
+  }
+  const int64_t num_seqs = sizes[Axis::num_seqs];
+  if (num_seqs > INT32_MAX - 1) refuse("seq_lens", "fewer than 2^31 sequences", std::to_string(num_seqs));
+  if (sizes[Axis::num_starts] != num_seqs + 1) {
+    refuse("query_start_loc", std::to_string(num_seqs + 1) + " entries, one more than seq_lens has",
+           std::to_string(sizes[Axis::num_starts]));
+  }
+  p.num_seqs = static_cast<int32_t>(num_seqs);
+  p.query = q.data;
+  p.query_token_stride = q.strides[0];
+  p.query_head_stride = q.strides[1];
+  p.k = pages_of(k);
+  p.v = pages_of(v);
+  p.block_table = table.as<const int32_t>();
+  p.block_table_stride = table.strides[0];
+  p.table_rows = static_cast<int32_t>(std::min<int64_t>(table.shape[0], INT32_MAX));
+  p.block_table_rows = rows ? rows->as<const int32_t>() : nullptr;
+  p.alibi_slopes = slopes ? slopes->as<const float>() : nullptr;
+  p.sinks = sink_logits ? sink_logits->as<const float>() : nullptr;
+  p.seq_lens = lens.as<const int32_t>();
+  p.query_start_loc = loc.as<const int32_t>();
+  p.out = o.data;
+  p.out_token_stride = o.strides[0];
+  p.out_head_stride = o.strides[1];
+
+  if (given(lse)) {
+    const Tensor& t = lse_tensor.emplace("lse", lse);
+    require_dtype(t, {DType::f32});
+    if (t.ndim == 2 && t.shape[0] == p.num_tokens && t.shape[1] == p.num_heads) {
+      p.lse_token_stride = t.strides[0];
+      p.lse_head_stride = t.strides[1];
+    } else {
+      sizes.match(t, {Axis::num_tokens, Axis::num_heads});
+    }
+    require_writable(t);
+    require_disjoint(t, {&q, &k, &v, &o, &table, &lens, &loc, rows, slopes, sink_logits});
+    p.lse = t.as<float>();
+  }
+
+  const Tensor* const own_plan = given(plan) ? &plan_tensor.emplace("plan", plan) : nullptr;
+  const Tensor* const own_workspace = given(workspace) ? &workspace_tensor.emplace("workspace", workspace) : nullptr;
+  for (const Tensor* memory : {own_plan, own_workspace}) {
+    if (memory) require_disjoint(*memory, {&q, &k, &v, &o, &table, &lens, &loc, rows, slopes, sink_logits});
+  }
+  if (own_plan && own_workspace) require_disjoint(*own_plan, {own_workspace});
+  const Device device = require_one_device({&q, &k, &v, &table, &lens, &loc, &o, lse_tensor ? &*lse_tensor : nullptr,
+                                            rows, slopes, sink_logits, own_plan, own_workspace});
+
+  const double factor = given_scale.value_or(1.0 / std::sqrt(static_cast<double>(p.head_dim)));
+  if (!std::isfinite(factor) || !std::isfinite(static_cast<float>(factor)))
+    refuse("scale", "a finite float32", std::to_string(factor));
+  p.scale = static_cast<float>(factor);
+  if (device.cuda) {
+    // What a captured graph is replayed with is not known: an absent length is as long as it can be.
+    p.max_query_len = std::min(p.max_query_len, p.num_tokens);
+    return attend_on_gpu(p, q, query, own_plan, own_workspace);
+  }
+  require_isa();
+  without_gil([&] { cpu::paged_attention(p, threads); });
+}
+
+// Parameters of a plan: what is known of a step without its queries and its cache.
+struct PlanShape {
+  int64_t num_heads, num_kv_heads, head_dim, v_head_dim, num_tokens, num_seqs, max_query_len;
+  DType dtype;
+
+  void fill(AttentionParams& p) const {
+    const auto size = [](const char* name, int64_t value, int64_t limit) {
+      if (value < 1 || value > limit) refuse(name, "1 to " + std::to_string(limit), std::to_string(value));
+      return static_cast<int32_t>(value);
+    };
+    p.num_heads = size("num_heads", num_heads, INT32_MAX);
+    p.num_kv_heads = size("num_kv_heads", num_kv_heads, INT32_MAX);
+    if (num_heads % num_kv_heads != 0) {
+      refuse("num_heads", "a multiple of num_kv_heads = " + std::to_string(num_kv_heads), std::to_string(num_heads));
+    }
+    p.head_dim = size("head_dim", head_dim, 256);
+    p.v_head_dim = size("v_head_dim", v_head_dim, 256);
+    if (num_seqs > INT32_MAX - 1) refuse("seq_lens", "fewer than 2^31 sequences", std::to_string(num_seqs));
+    p.num_seqs = static_cast<int32_t>(num_seqs);
+    p.num_tokens = at_least(0, "num_tokens", num_tokens);
+    p.max_query_len = std::min(at_least(0, "max_query_len", max_query_len), num_tokens);
+    p.dtype = dtype;
+  }
+};
+
+DType dtype_of(const std::string& name) {
+  for (const DType dtype : kFloats) {
+    if (name == dtype_name(dtype)) return dtype;
+  }
+  refuse("dtype", "float32, float16 or bfloat16", name);
+}
+
+int64_t required_int(const char* name, PyObject* value) {
+  const auto number = optional_int(name, value);
+  if (!number) throw ArgumentError(Fault::type, name, "an int", "None");
+  return *number;
+}
+
+constexpr Signature kPlanAttention{
+    "plan_attention", 3,           10,           "seq_lens",   "query_start_loc", "out",   "num_heads",
+    "num_kv_heads",   "head_dim",  "v_head_dim", "num_tokens", "max_query_len",   "dtype", "window",
+    "causal",         "split_size"};
+
+void plan_attention(const Arguments<kPlanAttention.count>& arguments) {
+  const auto& [seq_lens, query_start_loc, out, num_heads, num_kv_heads, head_dim, v_head_dim, num_tokens, max_query_len,
+               dtype, window, causal, split_size] = arguments;
+  AttentionParams p{};
+  read_mask(p, causal, window, split_size);
+  if (!PyUnicode_Check(dtype)) throw ArgumentError(Fault::type, "dtype", "a str", Py_TYPE(dtype)->tp_name);
+  PlanShape shape{required_int("num_heads", num_heads),         required_int("num_kv_heads", num_kv_heads),
+                  required_int("head_dim", head_dim),           required_int("v_head_dim", v_head_dim),
+                  required_int("num_tokens", num_tokens),       0,
+                  required_int("max_query_len", max_query_len), dtype_of(py::cast<std::string>(py::handle(dtype)))};
+  const Tensor lens("seq_lens", seq_lens), loc("query_start_loc", query_start_loc), plan("out", out);
+  require_dtype(lens, {DType::i32});
+  require_dtype(loc, {DType::i32});
+  Sizes sizes;
+  sizes.match(lens, {Axis::num_seqs});
+  sizes.match(loc, {Axis::num_starts});
+  shape.num_seqs = sizes[Axis::num_seqs];
+  if (sizes[Axis::num_starts] != shape.num_seqs + 1) {
+    refuse("query_start_loc", std::to_string(shape.num_seqs + 1) + " entries, one more than seq_lens has",
+           std::to_string(sizes[Axis::num_starts]));
+  }
+  shape.fill(p);
+  p.seq_lens = lens.as<const int32_t>();
+  p.query_start_loc = loc.as<const int32_t>();
+  require_disjoint(plan, {&lens, &loc});
+  if (!require_one_device({&lens, &loc, &plan}).cuda) return;  // the CPU plans as it attends
+  on_gpu(lens, [&](device::Stream stream, uint32_t* faults) {
+    p.faults = faults;
+    gpu::plan_attention(p, scratch(plan, gpu::plan_bytes(p)), stream);
+  });
+}
+
+// (bytes of a plan, bytes of a workspace that has no plan in it) on a device: cuda:`device`, or the CPU for -1.
+py::tuple attention_memory(int device, int64_t num_tokens, int64_t num_seqs, int64_t num_heads, int64_t num_kv_heads,
+                           int64_t head_dim, int64_t v_head_dim, int64_t max_query_len, const std::string& dtype) {
+  AttentionParams p{};
+  p.causal = true;
+  p.split_size = -1;
+  const PlanShape shape{num_heads,     num_kv_heads,   head_dim,
+                        v_head_dim,    num_tokens,     at_least(0, "max_num_seqs", num_seqs),
+                        max_query_len, dtype_of(dtype)};
+  shape.fill(p);
+  if constexpr (kGpuBuilt) {
+    if (device >= 0) {
+      const gpu::DeviceGuard guard(device);
+      return py::make_tuple(gpu::plan_bytes(p), round_up(gpu::workspace_bytes(p)));
+    }
+  } else if (device >= 0) {
+    refuse_device(device);
+  }
+  return py::make_tuple(0, 0);
+}
+
+}  // namespace
+
+void define_attention(py::module_& m) {
+  m.def("attention_memory", &attention_memory, py::arg("device"), py::arg("num_tokens"), py::arg("num_seqs"),
+        py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("v_head_dim"),
+        py::arg("max_query_len"), py::arg("dtype"));
+}
+
+PyMethodDef attention_methods[] = {
+    PAGEDCORE_METHOD(paged_attention, kPagedAttention,
+                     "(query, k_cache, v_cache, block_table, seq_lens, query_start_loc, out, lse=None, *, scale=None, "
+                     "causal=True, window=None, softcap=0.0, alibi_slopes=None, sinks=None, max_query_len=None, "
+                     "max_seq_len=None, block_table_rows=None, "
+                     "split_size=None, plan=None, workspace=None, num_threads=None)"),
+    PAGEDCORE_METHOD(plan_attention, kPlanAttention,
+                     "(seq_lens, query_start_loc, out, *, num_heads, num_kv_heads, head_dim, v_head_dim, num_tokens, "
+                     "max_query_len, dtype, window=None, causal=True, split_size=None)"),
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace pagedcore

@@ -1,0 +1,97 @@
+"""Tensors of any library: where they are, their axes, and new ones beside them. Imports none of the libraries."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+from pagedcore.errors import InvalidArgumentError
+from pagedcore.layout import KVCache
+
+
+def device_index(device: Any) -> int:
+    """-1 for the CPU, else the number of a CUDA device; "cuda" without a number is device 0. Takes a name, a number, or
+    a device of torch or CuPy.
+    """
+    if isinstance(device, int):
+        return device
+    if not isinstance(device, str) and isinstance(getattr(device, "id", None), int):
+        return int(device.id)  # CuPy
+    kind, _, number = str(device).partition(":")
+    if kind == "cpu":
+        return -1
+    if kind != "cuda" or not (number.isdigit() or not number):
+        raise InvalidArgumentError(
+            f"device: expected 'cpu', 'cuda' or 'cuda:N', got {device!r}",
+            argument="device",
+            got=device,
+            expected=("cpu", "cuda", "cuda:N"),
+        )
+    return int(number or 0)
+
+
+def device_of(tensor: Any) -> int:
+    """`device_index` of where a tensor is."""
+    if isinstance(device := getattr(tensor, "device", "cpu"), str):  # NumPy 2 says "cpu"
+        return device_index(device)
+    if getattr(device, "type", None) == "cuda":
+        return int(device.index or 0)
+    return device_index(device)
+
+
+def new_bytes(like: Any, count: int) -> Any:
+    """uint8 ``[count]`` in the library of `like`, where `like` is. What it holds is not defined."""
+    if hasattr(like, "new_empty"):  # torch
+        return like.new_empty((count,), dtype=sys.modules["torch"].uint8)
+    return array_module(like).empty((count,), "uint8")
+
+
+def array_module(like: Any) -> Any:
+    """CuPy for its arrays, else NumPy."""
+    if hasattr(like, "__cuda_array_interface__"):
+        return importlib.import_module("cupy")
+    return importlib.import_module("numpy")
+
+
+def require_axes(name: str, tensor: Any, *axes: str) -> tuple[int, ...]:
+    """The shape of a tensor that must have these axes."""
+    shape = getattr(tensor, "shape", None)
+    if shape is None:
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if len(shape) != len(axes):
+        raise InvalidArgumentError(
+            f"{name}: expected shape [{', '.join(axes)}], got {list(shape)}",
+            argument=name,
+            got=tuple(shape),
+            expected=len(axes),
+        )
+    return tuple(shape)
+
+
+def new_out(query: Any, v_cache: Any) -> Any:
+    """[num_tokens, num_heads, v_head_dim] in the library and dtype of `query`."""
+    num_tokens, num_heads, _ = require_axes("query", query, "num_tokens", "num_heads", "head_dim")
+    v_head_dim = require_axes("v_cache", v_cache, "num_blocks", "num_kv_heads", "block_size", "v_head_dim")[3]
+    if hasattr(query, "new_empty"):  # torch
+        return query.new_empty((num_tokens, num_heads, v_head_dim))
+    xp = array_module(query)
+    # A memoryview has no dtype, and NumPy none for it that it did not make itself.
+    return xp.empty((num_tokens, num_heads, v_head_dim), getattr(query, "dtype", None) or xp.asarray(query).dtype)
+
+
+def new_lse(query: Any) -> Any:
+    """[num_tokens, num_heads] float32 in the library of `query`."""
+    num_tokens, num_heads, _ = require_axes("query", query, "num_tokens", "num_heads", "head_dim")
+    if hasattr(query, "new_empty"):  # torch
+        return query.new_empty((num_tokens, num_heads), dtype=sys.modules["torch"].float32)
+    return array_module(query).empty((num_tokens, num_heads), "float32")
+
+
+def block_tensors(kv: Any) -> list[Any]:
+    """The tensors of a `KVCache`, of a tensor, or of a list of these; each has the block as its first axis."""
+    if isinstance(kv, KVCache):
+        return kv.block_tensors()
+    if isinstance(kv, (list, tuple)):
+        return [tensor for item in kv for tensor in block_tensors(item)]
+    return [kv]

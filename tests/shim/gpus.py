@@ -1,0 +1,146 @@
+"""GPUs that the tests of the binding run on, and tensors on them.
+
+`ShimGpu` is the host shim: its module holds the ops of pagedcore._kernels over its own device memory, and tensors that
+are told like a GPU library's, in each of the ways that the binding knows.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+CODES = {  # DLPack's type code, bits, and the typestr of __cuda_array_interface__
+    torch.float32: (2, 32, "<f4"),
+    torch.float16: (2, 16, "<f2"),
+    torch.bfloat16: (4, 16, "<V2"),
+    torch.int32: (0, 32, "<i4"),
+    torch.int64: (0, 64, "<i8"),
+    torch.uint8: (1, 8, "|u1"),
+}
+WAYS = ("exchange api", "array interface", "attributes")
+CUDA, CUDA_HOST, ROCM, MANAGED = 2, 3, 10, 13  # DLPack's device types
+
+
+class ShimGpu:
+    """Tensors are shown in one of `WAYS`. Memory is freed by `close`."""
+
+    def __init__(self, shim: Any, way: str = "exchange api") -> None:
+        self.shim = shim
+        self.kernels = shim.kernels
+        self.way = way
+        self.addresses: list[int] = []
+        self.tensor_class = {
+            "exchange api": exchange_tensor_class(self),
+            "array interface": interface_tensor_class(self),
+            "attributes": attributes_tensor_class(self),
+        }[way]
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: int = 0, **options: Any) -> Any:
+        """Full of NaN. `options` go to the class of tensors."""
+        like = torch.empty(shape, dtype=dtype)
+        address = self.shim.allocate(max(like.nbytes, 1))
+        self.addresses.append(address)
+        return self.tensor_class(address, like, device, **options)
+
+    def upload(self, tensor: torch.Tensor, device: int = 0, **options: Any) -> Any:
+        """A copy of the tensor's whole storage, so that its strides stay true."""
+        storage = tensor.untyped_storage()
+        address = self.shim.allocate(max(storage.nbytes(), 1))
+        self.addresses.append(address)
+        self.shim.copy_to_device(address, storage.data_ptr(), storage.nbytes())
+        return self.tensor_class(address, tensor, device, **options)
+
+    def write(self, to: Any, tensor: torch.Tensor) -> None:
+        """Replaces the elements of a dense tensor on the device."""
+        self.shim.copy_to_device(to.address, tensor.contiguous().data_ptr(), tensor.nbytes)
+
+    def download(self, tensor: Any) -> torch.Tensor:
+        like = tensor.like
+        storage = torch.empty(like.untyped_storage().nbytes() // like.element_size(), dtype=like.dtype)
+        self.shim.copy_to_host(storage.data_ptr(), tensor.address, storage.nbytes)
+        return storage.as_strided(like.shape, like.stride(), like.storage_offset())
+
+    def close(self) -> None:
+        for address in self.addresses:
+            self.shim.release(address)
+        self.addresses.clear()
+
+
+class TensorFacts:
+    """What tests and allocation ask of every tensor here."""
+
+    gpu: ShimGpu
+    address: int  # of the storage
+    like: torch.Tensor  # on the CPU, with the same shape, strides, storage offset and dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.like.shape
+
+    @property
+    def pointer(self) -> int:
+        return self.address + self.like.storage_offset() * self.like.element_size()
+
+
+def exchange_tensor_class(gpu: ShimGpu) -> type:
+    class ExchangeTensor(gpu.shim.DeviceTensor, TensorFacts):  # type: ignore[misc, name-defined]
+        def __init__(self, address: int, like: torch.Tensor, device: int, device_type: int = CUDA) -> None:
+            code, bits, _ = CODES[like.dtype]
+            first = address + like.storage_offset() * like.element_size()
+            super().__init__(first, list(like.shape), list(like.stride()), code, bits, device_type, device)
+            self.gpu, self.address, self.like = gpu, address, like
+            self.dtype, self.device = like.dtype, SimpleNamespace(type="cuda", index=device)
+
+        def new_empty(self, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Any:
+            return gpu.empty(shape, dtype or self.dtype, self.device.index)
+
+    return ExchangeTensor
+
+
+def interface_tensor_class(gpu: ShimGpu) -> type:
+    class InterfaceTensor(TensorFacts):
+        """As CuPy's arrays."""
+
+        def __init__(
+            self, address: int, like: torch.Tensor, device: int, stream: int | None = 1, **changes: Any
+        ) -> None:
+            self.gpu, self.address, self.like = gpu, address, like
+            self.dtype, self.device = str(like.dtype).removeprefix("torch."), SimpleNamespace(id=device)
+            self.changes = {"stream": stream, **changes}
+
+        @property
+        def __cuda_array_interface__(self) -> dict[str, Any]:
+            size = self.like.element_size()
+            dense = self.like.is_contiguous()
+            return {
+                "shape": tuple(self.like.shape),
+                "strides": None if dense else tuple(stride * size for stride in self.like.stride()),
+                "typestr": CODES[self.like.dtype][2],
+                "data": (self.pointer, False),
+                "version": 3,
+                **self.changes,
+            }
+
+    return InterfaceTensor
+
+
+def attributes_tensor_class(gpu: ShimGpu) -> type:
+    class AttributesTensor(TensorFacts):
+        """As the tensors of a torch without the exchange API."""
+
+        def __init__(self, address: int, like: torch.Tensor, device: int, device_type: str = "cuda") -> None:
+            self.gpu, self.address, self.like = gpu, address, like
+            self.dtype, self.device = like.dtype, SimpleNamespace(type=device_type, index=device)
+
+        def data_ptr(self) -> int:
+            return self.pointer
+
+        def stride(self) -> tuple[int, ...]:
+            return self.like.stride()
+
+        def new_empty(self, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Any:
+            return gpu.empty(shape, dtype or self.dtype, self.device.index)
+
+    return AttributesTensor
