@@ -46,6 +46,30 @@ OTHER_FAMILIES = {
     "gemma3": Family(
         "Gemma3TextConfig", {"sliding_window": 20, "head_dim": 16}
     ),  # layers with and without a window, scaled embeddings
+    "gemma2": Family(
+        "Gemma2Config",
+        {"sliding_window": 20, "head_dim": 16, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 30.0},
+    ),  # soft-capped scores
+    "gpt_oss": Family(
+        "GptOssConfig",
+        {"sliding_window": 20, "head_dim": 16, "num_local_experts": 3, "num_experts_per_tok": 2},
+    ),  # attention sinks
+    "deepseek_v3": Family(
+        "DeepseekV3Config",
+        {
+            "num_key_value_heads": 4,
+            "kv_lora_rank": 16,
+            "q_lora_rank": 24,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 12,
+            "v_head_dim": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_intermediate_size": 32,
+        },
+    ),  # keys wider than values
     "gpt2": Family(
         "GPT2Config", {"n_embd": 48, "n_head": 4, "n_layer": 2, "n_positions": 512}
     ),  # learned positions, no GQA

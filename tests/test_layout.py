@@ -141,8 +141,13 @@ def test_more_memory_than_there_is() -> None:
 
 def test_bad_allocate() -> None:
     layout = KVCacheLayout(**GOOD)
-    with pytest.raises(UnsupportedError, match="device: expected 'cpu', got 'cuda'"):
-        layout.allocate("cuda")
+    with pytest.raises(UnsupportedError, match="device: expected 'cpu' or 'cuda', got 'tpu'"):
+        layout.allocate("tpu")
+    with pytest.raises(UnsupportedError, match="device: expected 'cpu' for NumPy, got 'cuda'"):
+        layout.allocate("cuda", library="numpy")
+    if not torch.cuda.is_available():
+        with pytest.raises(UnsupportedError, match="device: torch cannot use 'cuda': "):
+            layout.allocate("cuda")
     with pytest.raises(InvalidArgumentError, match="library: expected"):
         layout.allocate(library="jax")
 

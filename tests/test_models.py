@@ -10,6 +10,7 @@ import torch
 import transformers
 from models import VOCAB_SIZE, save_tiny_model
 from pagedcore import linear, models
+from pagedcore.devices import choose_dtype
 from pagedcore.errors import InvalidArgumentError, UnsupportedError
 
 TINY = {
@@ -44,6 +45,8 @@ def save(config, directory):
         ("GPT2Config", {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 128}),
         ("OPTConfig", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
         ("MixtralConfig", {"num_local_experts": 2, "num_experts_per_tok": 1}),
+        ("Gemma2Config", {"sliding_window": 8}),
+        ("GptOssConfig", {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 8}),
     ],
 )
 def test_families_that_run(name, changes, tmp_path):
@@ -62,28 +65,6 @@ def test_families_that_run(name, changes, tmp_path):
     [
         ("T5Config", {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}, "encoder-decoder"),
         ("MambaConfig", {"state_size": 4}, "linear_attention"),
-        ("Gemma2Config", {"sliding_window": 8}, "soft-capping"),
-        ("GptOssConfig", {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 8}, "sinks"),
-        (
-            "DeepseekV3Config",
-            {
-                "kv_lora_rank": 8,
-                "q_lora_rank": 8,
-                "qk_rope_head_dim": 4,
-                "qk_nope_head_dim": 8,
-                "v_head_dim": 8,
-                "n_routed_experts": 2,
-            }
-            | {
-                "num_experts_per_tok": 1,
-                "n_group": 1,
-                "topk_group": 1,
-                "moe_intermediate_size": 16,
-                "num_key_value_heads": 4,
-                "head_dim": 4,
-            },
-            "shapes",
-        ),
         ("BloomConfig", {"n_head": 4, "n_layer": 2}, "AttentionInterface"),
         (
             "Qwen3NextConfig",
@@ -198,13 +179,16 @@ def test_automatic_dtype_follows_the_processor(monkeypatch):
     def on(**flags):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags, raising=False)
 
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     on(avx512_f=True, avx512_bf16=False)
-    assert models._choose_dtype("auto", torch.bfloat16) == torch.float32
+    assert choose_dtype("auto", torch.bfloat16, cpu) == torch.float32
     on(avx512_f=True, avx512_bf16=True)
-    assert models._choose_dtype("auto", torch.bfloat16) == torch.bfloat16
-    assert models._choose_dtype("auto", torch.float16) == torch.float32
-    assert models._choose_dtype("auto", torch.float32) == torch.float32
-    assert models._choose_dtype("float16", torch.bfloat16) == torch.float16
+    assert choose_dtype("auto", torch.bfloat16, cpu) == torch.bfloat16
+    assert choose_dtype("auto", torch.float16, cpu) == torch.float32
+    assert choose_dtype("auto", torch.float32, cpu) == torch.float32
+    assert choose_dtype("float16", torch.bfloat16, cpu) == torch.float16
+    assert choose_dtype("auto", torch.float16, gpu) == torch.float16
+    assert choose_dtype("auto", torch.float8_e4m3fn, gpu) == torch.float32
 
 
 def test_stop_ids_come_from_the_generation_configuration(tmp_path):

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from pagedcore import sampling
 from pagedcore.errors import InvalidArgumentError
 from pagedcore.params import SamplingParams
 from pagedcore.sampling import Sampler, draw, sequence_key, uniform
@@ -24,7 +25,7 @@ def sweep(row, top_k=0, top_p=1.0, points=20_000):
     frequency = np.zeros(row.shape[-1])
     for part in np.array_split(u, 20):
         many = row.expand(len(part), -1)
-        tokens = draw(many, np.full(len(part), top_k), np.full(len(part), top_p), part)
+        tokens = draw(many, np.ones(len(part)), np.full(len(part), top_k), np.full(len(part), top_p), part)
         np.add.at(frequency, tokens, 1 / points)
     return frequency
 
@@ -64,9 +65,16 @@ def test_tokens_of_probability_zero_are_never_drawn():
     row[0, [3, 990]] = 0.0
     for u in (1e-300, 0.25, 0.5, 0.75, 1 - 1e-16):
         for top_k, top_p in ((0, 1.0), (0, 0.99), (10, 1.0)):
-            token = draw(row, np.array([top_k]), np.array([top_p]), np.array([u]))[0]
+            token = draw(row, np.ones(1), np.array([top_k]), np.array([top_p]), np.array([u]))[0]
             assert token in (3, 990)
             assert u == 0.5 or token == (3 if u < 0.5 else 990)
+
+
+@pytest.fixture(params=["host", "device"])
+def either_way(request, monkeypatch):
+    """The best token as it is found on the host, and as on a device."""
+    if request.param == "device":
+        monkeypatch.setattr(sampling, "_best", sampling._best_on_device)
 
 
 def sampler_for(params, keys):
@@ -91,6 +99,7 @@ MIXED = [
 ]
 
 
+@pytest.mark.usefixtures("either_way")
 def test_a_row_does_not_depend_on_its_companions():
     keys = [sequence_key(seed, 0) for seed in range(len(MIXED))]
     sampler, all_logits = sampler_for(MIXED, keys), logits(len(MIXED), seed=4)
@@ -120,6 +129,7 @@ def test_same_seed_same_tokens_and_positions_differ():
     assert tokens(1)[7:] == tokens(1, start=7, count=13), "a preempted sequence goes on with the same numbers"
 
 
+@pytest.mark.usefixtures("either_way")
 def test_greedy():
     all_logits = logits(3)
     for params in (SamplingParams(), SamplingParams(temperature=1e-9), SamplingParams(temperature=1.0, top_k=1)):
@@ -128,6 +138,7 @@ def test_greedy():
         assert not failed.any()
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize(
     "params", [SamplingParams(), SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, top_p=0.5)]
@@ -144,6 +155,7 @@ def test_rows_that_are_not_numbers_fail_alone(bad, params):
     assert 0 <= tokens[1] < VOCAB
 
 
+@pytest.mark.usefixtures("either_way")
 def test_a_row_of_minus_infinity_fails():
     _, failed = first(sampler_for([SamplingParams(temperature=1.0)], [0]), torch.full((1, 8), -math.inf), np.array([0]))
     assert failed.tolist() == [True]

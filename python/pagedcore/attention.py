@@ -33,7 +33,34 @@ class AttentionStep:
     seq_lens: torch.Tensor  # int32 [num_seqs], tokens in the cache once this step's are written
     query_start_loc: torch.Tensor  # int32 [num_seqs + 1]
     max_query_len: int
-    max_seq_len: int
+    max_seq_len: int | None  # None: not known, as in a recorded step
+    block_table_rows: torch.Tensor | None = None  # int32 [num_seqs]: the table's row of each sequence; None: row i
+    workspace: torch.Tensor | None = None  # uint8, on a device: `ops.attention_workspace_size` bytes
+    _plans: dict[int | None, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    def plan(
+        self, query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, window: int | None
+    ) -> torch.Tensor | None:
+        """The work plan of layers with this window: made by the first of them, and shared, since the layers of a model
+        agree in everything else that it depends on. None on the CPU, whose kernels plan by themselves.
+        """
+        if self.workspace is None:
+            return None
+        plan = self._plans.get(window)
+        if plan is None:
+            plan = self._plans[window] = ops.plan_attention(
+                self.seq_lens,
+                self.query_start_loc,
+                num_heads=query.shape[1],
+                num_kv_heads=k_cache.shape[1],
+                head_dim=query.shape[2],
+                v_head_dim=v_cache.shape[3],
+                num_tokens=query.shape[0],
+                max_query_len=self.max_query_len,
+                window=window,
+                dtype=query.dtype,
+            )
+        return plan
 
 
 @dataclass(frozen=True)
@@ -70,21 +97,24 @@ def paged_attention_forward(
     attention_mask: torch.Tensor | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,  # [num_heads]: attention sinks
     pagedcore_step: AttentionStep | AttentionProbe | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Writes this step's keys and values to their slots, then attends over the pages.
 
     Returns ``(out [1, num_tokens, num_heads, head_dim], None)``. Raises UnsupportedError for an option that changes the
-    result and is not implemented (soft cap, attention sinks, position biases).
+    result and is not implemented (position biases).
     """
     if type(pagedcore_step) is AttentionStep:
         k_cache, v_cache = pagedcore_step.layers[module.layer_idx]
         ops.reshape_and_cache(
             key[0].transpose(0, 1), value[0].transpose(0, 1), k_cache, v_cache, pagedcore_step.slot_mapping
         )
+        queries = query[0].transpose(0, 1)
         out = ops.paged_attention(
-            query[0].transpose(0, 1),
+            queries,
             k_cache,
             v_cache,
             pagedcore_step.block_table,
@@ -92,8 +122,13 @@ def paged_attention_forward(
             pagedcore_step.query_start_loc,
             scale=scaling,
             window=sliding_window,
+            softcap=0.0 if softcap is None else softcap,
+            sinks=None if s_aux is None else s_aux.float(),
             max_query_len=pagedcore_step.max_query_len,
             max_seq_len=pagedcore_step.max_seq_len,
+            block_table_rows=pagedcore_step.block_table_rows,
+            plan=pagedcore_step.plan(queries, k_cache, v_cache, sliding_window),
+            workspace=pagedcore_step.workspace,
         )
         return out.unsqueeze(0), None
     if not isinstance(pagedcore_step, AttentionProbe):
@@ -112,9 +147,6 @@ def paged_attention_forward(
 
 #: Arguments that models pass to attention and that change its result; the kernels have none of them yet.
 _REFUSED = {
-    "softcap": "logit soft-capping",
-    "s_aux": "attention sinks",
-    "sinks": "attention sinks",
     "position_bias": "position biases",
     "alibi": "ALiBi biases",
     "head_mask": "head masks",

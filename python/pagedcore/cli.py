@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         "--stop", action="append", default=[], metavar="TEXT", help="end an answer before this text; can be repeated"
     )
     generate.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (default: %(default)s)")
+    generate.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
     generate.add_argument("--block-size", type=int, default=16, help="tokens in a KV block (default: %(default)s)")
     generate.add_argument(
         "--kv-memory",
@@ -134,6 +135,7 @@ def _generate(options: argparse.Namespace) -> int:
     with LLM(
         options.model,
         dtype=options.dtype,
+        device=options.device,
         block_size=options.block_size,
         kv_cache_memory=options.kv_memory,
         max_num_seqs=options.max_num_seqs,

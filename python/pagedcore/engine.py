@@ -34,7 +34,7 @@ from pagedcore.layout import KVCacheLayout
 from pagedcore.outputs import EngineStats, RequestMetrics, RequestOutput
 from pagedcore.params import SamplingParams
 from pagedcore.request import News, Request, Sequence, changes_of_end, changes_of_step
-from pagedcore.runner import ModelRunner
+from pagedcore.runner import make_runner
 from pagedcore.sampling import Sampler, sequence_key
 from pagedcore.tokenizer import NO_TEXT, PROMPT_CONTEXT
 
@@ -62,14 +62,17 @@ class Engine:
         dtype: ``"auto"``, ``"float32"``, ``"float16"`` or ``"bfloat16"``; see `models.load`.
         block_size: Tokens in a block.
         num_blocks: Blocks of the pool, one of which is the null block. None: from ``kv_cache_memory``.
-        kv_cache_memory: Bytes as an int, or a share of the available memory as a float in (0, 1). None: 0.4, and no
-            more than ``max_num_seqs`` sequences of full length need.
+        kv_cache_memory: Bytes as an int, or a share of the device's available memory as a float in (0, 1). None:
+            0.4, on a GPU 0.85, and no more than ``max_num_seqs`` sequences of full length need.
         max_num_seqs: Sequences that run at once.
         max_num_batched_tokens: Tokens of one step; longer prompts are computed in chunks.
         max_model_len: Tokens of a sequence, prompt and answer. None: what the model has positions for, and the pool
         blocks.
         enable_prefix_caching: Keep computed blocks findable for prompts that begin alike.
-        device: ``"auto"`` or ``"cpu"``.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...; ``"auto"``: a GPU if there is one that can be used, else the
+            CPU.
+        cuda_graphs: On a GPU, record decode steps when the engine is made, and replay them. A model that cannot be
+            recorded runs without, after a warning.
 
     Not thread-safe: one thread adds requests and steps. Use as a context manager, or call `close`.
     """
@@ -87,6 +90,7 @@ class Engine:
         max_model_len: int | None = None,
         enable_prefix_caching: bool = True,
         device: str = "auto",
+        cuda_graphs: bool = True,
     ) -> None:
         self._closed = True  # until everything below has worked
         check_options(
@@ -109,23 +113,25 @@ class Engine:
                 )
             longest = max_model_len
         if num_blocks is None:
-            self.layout = fit_blocks(_layout(self.model, 2, block_size), kv_cache_memory, longest * max_num_seqs)
+            self.layout = fit_blocks(
+                _layout(self.model, 2, block_size), kv_cache_memory, longest * max_num_seqs, self.model.device
+            )
             num_blocks = self.layout.num_blocks
         else:
-            self.layout = check_blocks(_layout(self.model, num_blocks, block_size))
+            self.layout = check_blocks(_layout(self.model, num_blocks, block_size), self.model.device)
         self.max_model_len = min(longest, (num_blocks - 1) * block_size)
-        self._scheduler = Scheduler(
-            SchedulerConfig(
-                num_blocks=num_blocks,
-                block_size=block_size,
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=max_num_batched_tokens,
-                max_model_len=self.max_model_len,
-                vocab_size=self.model.vocab_size,
-                enable_prefix_caching=enable_prefix_caching,
-            )
+        config = SchedulerConfig(
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+            vocab_size=self.model.vocab_size,
+            enable_prefix_caching=enable_prefix_caching,
         )
-        self._runner = ModelRunner(self.model, self.layout.allocate(device="cpu"))
+        self._scheduler = Scheduler(config)
+        kv = self.layout.allocate(device=str(self.model.device))
+        self._runner = make_runner(self.model, kv, config, cuda_graphs=cuda_graphs)
         self._sampler = Sampler(max_num_seqs)
         self._detokenizer = None if self.model.tokenizer is None else self.model.tokenizer.detokenizer()
         self._requests: dict[str, Request] = {}
@@ -479,4 +485,12 @@ class Engine:
 
 def _layout(model: models.LoadedModel, num_blocks: int, block_size: int) -> KVCacheLayout:
     shape = model.layers[0]
-    return KVCacheLayout(num_blocks, block_size, len(model.layers), shape.num_kv_heads, shape.head_dim, model.dtype)
+    return KVCacheLayout(
+        num_blocks,
+        block_size,
+        len(model.layers),
+        shape.num_kv_heads,
+        shape.head_dim,
+        model.dtype,
+        v_head_dim=shape.v_head_dim,
+    )

@@ -191,11 +191,16 @@ class KVCacheLayout:
 
         ``library`` is ``"torch"`` or ``"numpy"``: what the tensors of the cache are. ``"auto"`` takes torch if the
         process has imported it, else NumPy (which has no bfloat16 of its own: the `ml_dtypes` package supplies it).
-        Raises MemoryError if the system does not give the memory.
+        ``device`` is ``"cpu"``, or a CUDA device of torch's (``"cuda"``, ``"cuda:1"``, a `torch.device`).
+        Raises MemoryError if the memory is not there.
         """
-        if str(device) != "cpu":
+        kind = str(device).partition(":")[0]
+        if kind not in ("cpu", "cuda"):
             raise UnsupportedError(
-                f"device: expected 'cpu', got {str(device)!r}", argument="device", got=str(device), expected=("cpu",)
+                f"device: expected 'cpu' or 'cuda', got {str(device)!r}",
+                argument="device",
+                got=str(device),
+                expected=("cpu", "cuda"),
             )
         if library == "auto":
             library = "torch" if "torch" in sys.modules else "numpy"
@@ -206,7 +211,29 @@ class KVCacheLayout:
                 got=library,
                 expected=("auto", "torch", "numpy"),
             )
+        if kind == "cuda":
+            if library == "numpy":
+                raise UnsupportedError(
+                    f"device: expected 'cpu' for NumPy, got {str(device)!r}",
+                    argument="device",
+                    got=str(device),
+                    expected=("cpu",),
+                )
+            return KVCache(self, _on_gpu(self.total_bytes, device), "torch")
         return KVCache(self, _map_zeroed(self.total_bytes), library)
+
+
+def _on_gpu(size: int, device: Any) -> Any:
+    """Zeroed memory of a GPU: a uint8 tensor."""
+    torch = _torch()
+    try:
+        return torch.zeros(size, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(f"{size} bytes of KV cache on {device}: {error}") from error
+    except (AssertionError, RuntimeError) as error:  # no GPU, no driver, or a torch without CUDA
+        raise UnsupportedError(
+            f"device: torch cannot use {str(device)!r}: {error}", argument="device", got=str(device), expected=("cpu",)
+        ) from error
 
 
 def _map_zeroed(size: int) -> mmap.mmap:
@@ -229,7 +256,7 @@ class KVCache:
     as long as any of them.
     """
 
-    def __init__(self, layout: KVCacheLayout, memory: mmap.mmap, library: str) -> None:
+    def __init__(self, layout: KVCacheLayout, memory: Any, library: str) -> None:
         self.layout = layout
         if layout.order == "block":
             shape: tuple[int, ...] = (layout.num_blocks, layout.block_bytes)
@@ -257,7 +284,7 @@ class KVCache:
         return f"KVCache({self.layout!r}, {self.layout.total_bytes / 2**20:.1f} MiB)"
 
 
-def _torch_views(layout: KVCacheLayout, memory: mmap.mmap, shape: tuple[int, ...]) -> tuple[Any, list[tuple[Any, Any]]]:
+def _torch() -> Any:
     try:
         import torch
     except ImportError as error:
@@ -267,7 +294,12 @@ def _torch_views(layout: KVCacheLayout, memory: mmap.mmap, shape: tuple[int, ...
             got="torch",
             hint="pip install 'pagedcore[torch]'",
         ) from error
-    flat = torch.frombuffer(memory, dtype=torch.uint8)
+    return torch
+
+
+def _torch_views(layout: KVCacheLayout, memory: Any, shape: tuple[int, ...]) -> tuple[Any, list[tuple[Any, Any]]]:
+    torch = _torch()
+    flat = memory if isinstance(memory, torch.Tensor) else torch.frombuffer(memory, dtype=torch.uint8)
     elements = flat.view(getattr(torch, layout.dtype))
 
     def view(page: PageView) -> Any:

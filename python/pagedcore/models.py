@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pagedcore import attention, environment, layout, linear
+from pagedcore import attention, environment, linear
+from pagedcore.devices import DTYPES, choose_device, choose_dtype
 from pagedcore.errors import InvalidArgumentError, UnsupportedError
 from pagedcore.tokenizer import Tokenizer
 
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {name: getattr(torch, name) for name in layout.ITEM_SIZES}
 
 #: Kinds of layer whose keys and values are paged as they are. Others (linear attention, chunks) keep other state.
 _PAGED_LAYERS = {"full_attention", "sliding_attention"}
@@ -127,7 +126,7 @@ def load(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    target = _device(device)
+    target = choose_device(device)
     _check_dtype(dtype)
     source = _converted(find(model))
     started = time.perf_counter()
@@ -139,9 +138,8 @@ def load(
         else:
             config = AutoConfig.from_pretrained(source.location, **source.options)
             _check_config(config)
-            wanted = _choose_dtype(
-                dtype, getattr(config.get_text_config(decoder=True), "dtype", None) or getattr(config, "dtype", None)
-            )
+            text = config.get_text_config(decoder=True)
+            wanted = choose_dtype(dtype, getattr(text, "dtype", None) or getattr(config, "dtype", None), target)
             module = AutoModelForCausalLM.from_pretrained(
                 source.location, **source.options, dtype=wanted, use_safetensors=True
             )
@@ -156,8 +154,8 @@ def load(
             f"transformers cannot load {str(model)!r}: {error}", argument="model", got=str(model)
         ) from error
     if source.gguf_file:
-        module = module.to(_choose_dtype(dtype, torch.float32))
-    module = module.eval().requires_grad_(False)
+        module = module.to(choose_dtype(dtype, torch.float32, target))
+    module = module.to(target).eval().requires_grad_(False)
     if not getattr(module, "_supports_attention_backend", False):
         raise UnsupportedError(
             f"{type(module).__name__} does not take its attention through transformers' AttentionInterface",
@@ -255,14 +253,15 @@ def probe(module: PreTrainedModel) -> tuple[tuple[attention.LayerShape, ...], in
     """
     seen = attention.AttentionProbe()
     name = type(module).__name__
-    ids = torch.zeros(1, 2, dtype=torch.long)
+    device = next(module.parameters()).device
+    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
     try:
         with torch.inference_mode():
             logits = module(
                 input_ids=ids,
-                position_ids=torch.arange(2).unsqueeze(0),
+                position_ids=torch.arange(2, device=device).unsqueeze(0),
                 use_cache=False,
-                logits_to_keep=torch.tensor([1]),
+                logits_to_keep=torch.tensor([1], device=device),
                 pagedcore_step=seen,
             ).logits
     except UnsupportedError:
@@ -282,11 +281,11 @@ def probe(module: PreTrainedModel) -> tuple[tuple[attention.LayerShape, ...], in
             got=name,
         )
     shapes = {(layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.v_head_dim) for layer in layers}
-    if len(shapes) != 1 or layers[0].head_dim != layers[0].v_head_dim:
+    if len(shapes) != 1:
         raise UnsupportedError(
             f"{name} has attention layers of {len(shapes)} shapes "
             f"(heads, kv heads, head_dim of keys and of values): {sorted(shapes)}",
-            hint="all layers must agree, with keys and values of one head_dim",
+            hint="all layers must agree",
             argument="model",
             got=name,
         )
@@ -300,14 +299,6 @@ def probe(module: PreTrainedModel) -> tuple[tuple[attention.LayerShape, ...], in
 # -------------------------------------------------------------------------------------------------------- checks
 
 
-def _device(device: str) -> torch.device:
-    if device not in ("auto", "cpu"):
-        raise UnsupportedError(
-            f"device {device!r}: this version runs on the CPU", argument="device", got=device, expected=("auto", "cpu")
-        )
-    return torch.device("cpu")
-
-
 def _check_dtype(dtype: str | torch.dtype) -> None:
     if dtype != "auto" and dtype not in DTYPES and dtype not in DTYPES.values():
         raise InvalidArgumentError(
@@ -317,20 +308,6 @@ def _check_dtype(dtype: str | torch.dtype) -> None:
             got=dtype,
             expected=("auto", *DTYPES),
         )
-
-
-def _choose_dtype(requested: str | torch.dtype, checkpoint: torch.dtype | None) -> torch.dtype:
-    """The dtype to compute in on the CPU: the one asked for, else the checkpoint's if there are instructions for it."""
-    if requested != "auto":
-        return DTYPES[requested] if isinstance(requested, str) else requested
-    capabilities = dict(getattr(torch.cpu, "get_capabilities", dict)())
-    fast = {
-        torch.bfloat16: ("avx512_bf16", "amx_bf16", "amx_tile", "arm_bf16", "bf16"),
-        torch.float16: ("avx512_fp16", "amx_fp16"),
-    }
-    if checkpoint in fast and any(capabilities.get(name) for name in fast[checkpoint]):
-        return checkpoint
-    return torch.float32
 
 
 def _check_config(config: PreTrainedConfig) -> None:

@@ -2,55 +2,152 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from pagedcore import ops
 from pagedcore.attention import AttentionStep
+from pagedcore.graphs import CudaRecorder, DecodeGraphs
+from pagedcore.staging import DeviceStaging, HostStaging
 
 if TYPE_CHECKING:
-    from pagedcore._core import StepPlan
+    from pagedcore._core import SchedulerConfig, StepPlan
+    from pagedcore.graphs import Recorder
     from pagedcore.layout import KVCache
     from pagedcore.models import LoadedModel
+    from pagedcore.staging import Staged, StepTensors
 
 
-class ModelRunner:
-    """Runs a model over the pages of one KV cache."""
-
-    def __init__(self, model: LoadedModel, kv: KVCache) -> None:
-        self._module = model.module
-        self._kv = kv
-        self._layers = [kv.layer(layer.index) for layer in model.layers]
+class Runner(Protocol):
+    """What computes an engine's steps."""
 
     def execute(self, plan: StepPlan) -> torch.Tensor:
         """Zeroes and copies the blocks that the plan says, computes its tokens, and returns the logits of its samples.
 
-        Returns float [num_samples, vocab_size]: row k belongs to ``plan.logits_indices[k]``. The plan's arrays are
-        read in place, so it must not be updated before this returns.
+        Returns float [num_samples, vocab_size]: row k belongs to ``plan.logits_indices[k]``; valid until the next
+        call. The plan must not be updated before this returns.
         """
-        with torch.inference_mode():
-            return self._execute(plan)
 
-    def _execute(self, plan: StepPlan) -> torch.Tensor:
-        if len(plan.blocks_to_zero):  # zero first, then copy, then write
-            ops.zero_blocks(self._kv, torch.from_numpy(plan.blocks_to_zero))
-        if len(plan.block_copies):
-            ops.copy_blocks(self._kv, torch.from_numpy(plan.block_copies))
+
+def make_runner(model: LoadedModel, kv: KVCache, config: SchedulerConfig, *, cuda_graphs: bool = True) -> Runner:
+    """The runner for the model's device."""
+    if model.device.type == "cpu":
+        return HostRunner(model, kv)
+    recorder = CudaRecorder(model.device) if cuda_graphs else None
+    return DeviceRunner(model, kv, config, recorder)
+
+
+class _Forward:
+    """A model over the pages of one KV cache."""
+
+    def __init__(self, model: LoadedModel, kv: KVCache, workspace: torch.Tensor | None) -> None:
+        self._module = model.module
+        self._kv = kv
+        self._layers = [kv.layer(layer.index) for layer in model.layers]
+        self._workspace = workspace
+
+    def prepare(self, staged: Staged) -> None:
+        """What is done to the cache and the table before the pass: zero first, then copy, then write."""
+        if staged.blocks_to_zero is not None:
+            ops.zero_blocks(self._kv, staged.blocks_to_zero)
+        if staged.block_copies is not None:
+            ops.copy_blocks(self._kv, staged.block_copies)
+        if staged.table_updates is not None:
+            ops.update_block_table(staged.tensors.block_table, staged.table_updates)
+
+    def run(self, tensors: StepTensors, max_query_len: int, max_seq_len: int | None) -> torch.Tensor:
+        """The pass itself: logits float [num_samples, vocab_size]."""
         step = AttentionStep(
             layers=self._layers,
-            slot_mapping=torch.from_numpy(plan.slot_mapping),
-            block_table=torch.from_numpy(plan.block_table),
-            seq_lens=torch.from_numpy(plan.seq_lens),
-            query_start_loc=torch.from_numpy(plan.query_start_loc),
-            max_query_len=plan.max_query_len,
-            max_seq_len=plan.max_seq_len,
+            slot_mapping=tensors.slot_mapping,
+            block_table=tensors.block_table,
+            seq_lens=tensors.seq_lens,
+            query_start_loc=tensors.query_start_loc,
+            max_query_len=max_query_len,
+            max_seq_len=max_seq_len,
+            block_table_rows=tensors.rows,
+            workspace=self._workspace,
         )
         result = self._module(
-            input_ids=torch.from_numpy(plan.input_ids).unsqueeze(0),
-            position_ids=torch.from_numpy(plan.positions).unsqueeze(0),
+            input_ids=tensors.input_ids.unsqueeze(0),
+            position_ids=tensors.positions.unsqueeze(0),
             use_cache=False,
-            logits_to_keep=torch.from_numpy(plan.logits_indices),
+            logits_to_keep=tensors.logits_indices,
             pagedcore_step=step,
         )
-        return result.logits[0]
+        logits: torch.Tensor = result.logits[0]
+        return logits
+
+
+class HostRunner:
+    """Runs a model on the CPU, over the plan's own arrays."""
+
+    def __init__(self, model: LoadedModel, kv: KVCache) -> None:
+        self._forward = _Forward(model, kv, workspace=None)
+        self._staging = HostStaging()
+
+    def execute(self, plan: StepPlan) -> torch.Tensor:
+        """See `Runner`. The plan's arrays are read in place."""
+        with torch.inference_mode():
+            staged = self._staging.stage(plan)
+            self._forward.prepare(staged)
+            return self._forward.run(staged.tensors, plan.max_query_len, plan.max_seq_len)
+
+
+class DeviceRunner:
+    """Runs a model on a device: one copy to it a step, decode steps replayed where they can be recorded.
+
+    Everything, block copies and table updates included, goes to the current stream of the calling thread.
+    """
+
+    def __init__(self, model: LoadedModel, kv: KVCache, config: SchedulerConfig, recorder: Recorder | None) -> None:
+        shape = model.layers[0]
+        self._forward = _Forward(
+            model,
+            kv,
+            workspace=torch.empty(
+                ops.attention_workspace_size(
+                    config.max_num_batched_tokens,
+                    config.max_num_seqs,
+                    shape.num_heads,
+                    shape.num_kv_heads,
+                    shape.head_dim,
+                    v_head_dim=shape.v_head_dim,
+                    dtype=model.dtype,
+                    device=model.device,
+                ),
+                dtype=torch.uint8,
+                device=model.device,
+            ),
+        )
+        self._staging = DeviceStaging(
+            model.device,
+            max_num_tokens=config.max_num_batched_tokens,
+            max_num_seqs=config.max_num_seqs,
+            max_blocks=-(-config.max_model_len // config.block_size),
+            steps_in_flight=config.max_steps_in_flight,
+        )
+        self._graphs: DecodeGraphs | None = None
+        ops.warmup(model.device)
+        if recorder is not None:
+            with torch.inference_mode():
+                self._graphs = DecodeGraphs(
+                    self._staging, self._decode, recorder, min(config.max_num_seqs, config.max_num_batched_tokens)
+                )
+
+    def execute(self, plan: StepPlan) -> torch.Tensor:
+        """See `Runner`."""
+        with torch.inference_mode():
+            recording = self._graphs.recording_for(plan) if self._graphs else None
+            if recording is None:
+                staged = self._staging.stage(plan)
+                self._forward.prepare(staged)
+                return self._forward.run(staged.tensors, plan.max_query_len, plan.max_seq_len)
+            self._forward.prepare(self._staging.stage_decode(plan, recording.batch))
+            recording.replay()
+            return recording.logits[: plan.num_seqs]
+
+    def _decode(self, tensors: StepTensors) -> torch.Tensor:
+        # The lengths of the steps to come are not known; nothing is chosen by them.
+        return self._forward.run(tensors, 1, None)

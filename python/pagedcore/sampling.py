@@ -48,70 +48,99 @@ class Sampler:
         Nothing is remembered: a step that is computed again samples the same tokens.
 
         Returns (token ids int64 [num_samples], failed bool [num_samples]). A sample fails if its logits hold NaN or
-        +inf, or nothing above -inf; its token id is 0 and means nothing. O(num_samples * vocab).
+        +inf, or nothing above -inf; its token id is 0 and means nothing. O(num_samples * vocab). On a device the tokens
+        are chosen there, and come back in one copy, which waits for the step.
         """
-        # On the CPU NumPy's argmax takes a tenth of the time of torch's. It takes NaN for the greatest, and the first
-        # of equals.
-        chosen = logits.float().numpy().argmax(axis=-1)
-        best = logits.gather(1, torch.from_numpy(chosen)[:, None]).float()
-        failed = ~torch.isfinite(best)[:, 0].numpy()
-        chosen[failed] = 0
-        random = np.flatnonzero(~self._greedy[rows] & ~failed)
+        chosen, best = _best(logits)
+        failed = ~torch.isfinite(best)
+        random = np.flatnonzero(~self._greedy[rows])
         if random.size:
             of = rows[random]
-            scaled = (logits[random].float() - best[random]) / torch.from_numpy(self._temperature[of])[:, None]
             u = uniform(self._key[of], (positions[random] - self._prompt_len[of]).astype(np.uint64))
-            chosen[random] = draw(scaled, self._top_k[of], self._top_p[of], u)
-        return chosen, failed
+            if random.size < len(rows):
+                at = torch.from_numpy(random).to(logits.device)
+                chosen[at] = draw(
+                    logits[at].float() - best[at, None], self._temperature[of], self._top_k[of], self._top_p[of], u
+                )
+            else:
+                chosen = draw(
+                    logits.float() - best[:, None], self._temperature[of], self._top_k[of], self._top_p[of], u
+                )
+        answer = chosen.masked_fill(failed, _FAILED).cpu().numpy()
+        failures = answer == _FAILED
+        return np.where(failures, 0, answer), failures
 
 
-def draw(logits: torch.Tensor, top_k: np.ndarray, top_p: np.ndarray, u: np.ndarray) -> np.ndarray:
+#: In the place of a token id: the sample failed. One array comes back from a device, not two.
+_FAILED = -1
+
+
+def _best(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best token of each row (int64 [n]) and its logit (float32 [n]). NaN counts as the greatest."""
+    if logits.device.type == "cpu":  # NumPy's argmax takes a tenth of the time of torch's, and the first of equals
+        chosen = torch.from_numpy(logits.float().numpy().argmax(axis=-1))
+        return chosen, logits.gather(1, chosen[:, None])[:, 0].float()
+    return _best_on_device(logits)
+
+
+def _best_on_device(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    best, chosen = logits.max(dim=-1)
+    return chosen, best.float()
+
+
+def draw(
+    logits: torch.Tensor, temperature: np.ndarray, top_k: np.ndarray, top_p: np.ndarray, u: np.ndarray
+) -> torch.Tensor:
     """Samples one token a row by inverting the cumulative distribution at ``u`` (float64 [m], in (0, 1)).
 
-    logits: float32 [m, vocab], divided by the temperature; top_k: int64 [m], 0 for all; top_p: float64 [m].
-    Returns int64 [m].
+    logits: float32 [m, vocab]; temperature: float [m]; top_k: int64 [m], 0 for all; top_p: float64 [m].
+    Returns int64 [m] on the logits' device. A row with NaN gives some token.
     """
-    tokens = np.empty(len(u), dtype=np.int64)
+    # One copy to the device for all numbers. A top_k is exact in float64.
+    numbers = torch.from_numpy(np.stack([temperature, top_k, top_p, u]).astype(np.float64)).to(logits.device)
+    logits = logits / numbers[0].float()[:, None]
+    k, p, u_there = numbers[1].long(), numbers[2], numbers[3]
+    tokens = torch.empty(len(u), dtype=torch.int64, device=logits.device)
     filtered = (top_k > 0) | (top_p < 1.0)
-    for i in np.flatnonzero(~filtered):  # in the order of the vocabulary: no sorting needed
+    for i in np.flatnonzero(~filtered).tolist():  # in the order of the vocabulary: no sorting needed
         cumulative = logits[i].double().exp_().cumsum(0)
-        tokens[i] = min(
-            int(torch.searchsorted(cumulative, u[i] * cumulative[-1], right=True)), _last_positive(logits[i])
-        )
-    rest, width = np.flatnonzero(filtered), min(_CANDIDATES, logits.shape[-1])
-    while rest.size:
-        found, settled = _draw_sorted(logits[rest], top_k[rest], top_p[rest], u[rest], width)
+        place = torch.searchsorted(cumulative, u_there[i] * cumulative[-1], right=True)
+        tokens[i] = torch.minimum(place, _last_positive(logits[i]))
+    rest, width = torch.from_numpy(np.flatnonzero(filtered)).to(logits.device), min(_CANDIDATES, logits.shape[-1])
+    while len(rest):
+        found, settled = _draw_sorted(logits[rest], k[rest], p[rest], u_there[rest], width)
         tokens[rest[settled]] = found[settled]
         rest, width = rest[~settled], logits.shape[-1]
     return tokens
 
 
-def _last_positive(row: torch.Tensor) -> int:
-    return int(torch.nonzero(row > -math.inf)[-1])
+def _last_positive(row: torch.Tensor) -> torch.Tensor:
+    """The last token whose probability is not 0; int64, and 0 where there is none."""
+    return torch.where(row > -math.inf, torch.arange(len(row), device=row.device), 0).max()
 
 
 def _draw_sorted(
-    logits: torch.Tensor, top_k: np.ndarray, top_p: np.ndarray, u: np.ndarray, width: int
-) -> tuple[np.ndarray, np.ndarray]:
+    logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, u: torch.Tensor, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`draw` among the ``width`` best tokens of each row. The second result says for which rows these were enough."""
-    k = torch.from_numpy(np.where(top_k > 0, top_k, logits.shape[-1]))[:, None]
-    p = torch.from_numpy(top_p)[:, None]
+    k = torch.where(top_k > 0, top_k, logits.shape[-1])[:, None]
+    p = top_p[:, None]
     values, ids = (
         logits.topk(width, dim=-1) if width < logits.shape[-1] else logits.sort(dim=-1, descending=True, stable=True)
     )
-    in_k = torch.arange(width) < k
+    in_k = torch.arange(width, device=logits.device) < k
     values = values.double().masked_fill(~in_k, -math.inf)
     # Probabilities are relative to the k best tokens where there is a k, else to all of them.
     total = torch.where(k <= width, values.logsumexp(-1, keepdim=True), logits.double().logsumexp(-1, keepdim=True))
     probabilities = (values - total).exp()
     cumulative = probabilities.cumsum(-1)
-    settled = ((k <= width) | (cumulative[:, -1:] >= p)).squeeze(1).numpy() | (width == logits.shape[-1])
+    settled = ((k <= width) | (cumulative[:, -1:] >= p)).squeeze(1) | (width == logits.shape[-1])
     kept = in_k & (cumulative - probabilities < p) & (probabilities > 0)
     kept[:, 0] = True
     count = kept.sum(-1, keepdim=True)
     mass = cumulative.gather(1, count - 1)
-    place = torch.searchsorted(cumulative, torch.from_numpy(u)[:, None] * mass, right=True).minimum(count - 1)
-    return ids.gather(1, place).squeeze(1).numpy(), settled
+    place = torch.searchsorted(cumulative, u[:, None] * mass, right=True).minimum(count - 1)
+    return ids.gather(1, place).squeeze(1), settled
 
 
 # ------------------------------------------------------------------------------------------------ random numbers

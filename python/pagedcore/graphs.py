@@ -1,0 +1,107 @@
+"""Decode steps recorded once and replayed: a step of one token a sequence launches thousands of small kernels, which
+takes the host longer than the device needs to run them.
+
+A recording has one number of sequences, so there is one for each of some sizes, and a step runs in the smallest that
+holds it, filled up by empty sequences. Which models can be recorded is found by trying: a pass that reads a value
+back from the device (rotary embeddings that depend on lengths, experts chosen on the host) cannot, and runs as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from pagedcore._core import StepPlan
+    from pagedcore.staging import DeviceStaging, StepTensors
+
+logger = logging.getLogger(__name__)
+
+Forward = Callable[["StepTensors"], torch.Tensor]
+
+
+class Recorder(Protocol):
+    """What can record device work."""
+
+    def record(self, work: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+        """Runs ``work`` and returns a function that repeats what it did on the device, and its result, which each
+        repetition overwrites. Raises what ``work`` raises, and RuntimeError for work that cannot be recorded.
+        """
+
+
+class CudaRecorder:
+    """CUDA graphs, which share one memory pool: no two of them run at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, work: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+        """See `Recorder`. The work runs once as it is first, so that libraries are loaded and buffers there."""
+        with torch.cuda.device(self._device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                work()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may use the device meanwhile: only this one must not do what cannot be recorded.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                result = work()
+        return graph.replay, result
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """A decode step of ``batch`` sequences."""
+
+    batch: int
+    replay: Callable[[], None]
+    logits: torch.Tensor  # [batch, vocab], of the last replay
+
+
+class DecodeGraphs:
+    """The recordings of one model."""
+
+    def __init__(self, staging: DeviceStaging, forward: Forward, recorder: Recorder, max_num_seqs: int) -> None:
+        self._recordings: list[Recording] = []
+        for batch in reversed(batch_sizes(max_num_seqs)):  # the largest first: the others fit its memory
+            tensors = staging.decode_tensors(batch)
+            try:
+                replay, logits = recorder.record(partial(forward, tensors))
+            except RuntimeError as error:  # torch's type for whatever CUDA refuses
+                logger.warning("decode steps run without CUDA graphs: %s", str(error).partition("\n")[0])
+                self._recordings.clear()
+                return
+            self._recordings.insert(0, Recording(batch, replay, logits))
+
+    @property
+    def sizes(self) -> list[int]:
+        """Sequences of each recording, ascending; empty for a model that cannot be recorded."""
+        return [recording.batch for recording in self._recordings]
+
+    def recording_for(self, plan: StepPlan) -> Recording | None:
+        """The one to run a plan in: None if a sequence of it has more tokens or samples than one, or if it is larger
+        than all of them.
+        """
+        if plan.num_tokens != plan.num_seqs or len(plan.logits_indices) != plan.num_seqs:
+            return None
+        at = bisect_left(self.sizes, plan.num_seqs)
+        return self._recordings[at] if at < len(self._recordings) else None
+
+
+def batch_sizes(most: int) -> list[int]:
+    """Numbers of sequences worth a recording, up to ``most``: with few sequences each one counts, with many a quarter
+    of them does not.
+    """
+    sizes = [1, 2, 4]
+    while sizes[-1] < most:
+        last = sizes[-1]
+        sizes.append(last + (4 if last < 8 else max(8, last // 64 * 16)))
+    return sorted({min(size, most) for size in sizes})
