@@ -6,6 +6,7 @@ same bits as on a GPU. On a GPU the same way is taken by `LLM(device="cuda")`.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import numpy as np
@@ -110,6 +111,51 @@ def test_preempted_and_forked_rows_follow_their_tables(directory, on_device):
             reference.check(prompt, answer, 20, set())
 
 
+def test_steps_that_are_interrupted_are_told_again(directory, on_device, monkeypatch):
+    """Before the pass, between the table's changes and the pass, or after it: the next plan repeats what was lost."""
+    on_device(Rerun())
+    steps = itertools.count()
+    execute, prepare = runner.DeviceRunner.execute, runner.Forward.prepare
+    interrupted = []
+
+    def interrupt(when):
+        interrupted.append(when)
+        raise KeyboardInterrupt
+
+    def interrupted_execute(self, plan):
+        self.step = next(steps)
+        if self.step % 4 == 1:
+            interrupt("before")
+        self._forward.step = self.step
+        logits = execute(self, plan)
+        if self.step % 4 == 3:
+            interrupt("after")
+        return logits
+
+    def interrupted_prepare(self, staged):
+        prepare(self, staged)
+        if self.step % 4 == 2:
+            interrupt("between")
+
+    monkeypatch.setattr(runner.DeviceRunner, "execute", interrupted_execute)
+    monkeypatch.setattr(runner.Forward, "prepare", interrupted_prepare)
+    step = Engine.step
+
+    def patient_step(self):
+        while True:
+            with contextlib.suppress(KeyboardInterrupt):
+                return step(self)
+
+    monkeypatch.setattr(Engine, "step", patient_step)
+    reference = Reference(directory)
+    answers, stats = run(directory, n=3, max_num_seqs=9, num_blocks=75, block_size=2)
+    assert stats.preemptions > 0
+    assert {"before", "between", "after"} <= set(interrupted)
+    for number, prompt in enumerate(prompts()):
+        for answer in answers[number]:
+            reference.check(prompt, answer, 20, set())
+
+
 def test_a_model_that_cannot_be_recorded_runs_without(directory, on_device, caplog):
     on_device(Refuses())
     with caplog.at_level("WARNING"):
@@ -120,6 +166,17 @@ def test_a_model_that_cannot_be_recorded_runs_without(directory, on_device, capl
     )
     reference = Reference(directory)
     reference.check(prompts()[3], answers[3][0], 20, set())
+
+
+def test_indices_out_of_range_fail_the_step(directory, on_device, monkeypatch):
+    """Kernels on a device mask them and say so: no answer is made of such a step."""
+    on_device(None)
+    monkeypatch.setattr("pagedcore.ops.device_errors", lambda device: ["a block id outside of [0, num_blocks)"])
+    with Engine(directory, num_blocks=20) as engine:
+        engine.add_request("a", [5, 6, 7], SamplingParams(max_tokens=3))
+        (output,) = engine.step()
+        assert "the kernels met a block id outside of [0, num_blocks)" in output.error
+        assert output.outputs[0].token_ids == []
 
 
 def test_graphs_can_be_declined(directory, on_device):

@@ -309,6 +309,7 @@ class Engine:
             rows, positions = np.array(plan.sample_seqs), plan.positions[plan.logits_indices] + 1
             logits = self._runner.execute(plan)
             tokens, failed = self._sampler.sample(logits, rows, positions)
+            self._runner.check()
             flight.samples = [
                 (self._rows[row], token, bad)
                 for row, token, bad in zip(rows.tolist(), tokens.tolist(), failed.tolist(), strict=True)

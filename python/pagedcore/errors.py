@@ -103,7 +103,8 @@ class ClosedError(PagedCoreError, RuntimeError):
 
 
 class CorruptionError(PagedCoreError, RuntimeError):
-    """An invariant of the core does not hold, which every later call raises too, until the core is closed.
+    """An invariant does not hold. One of the core's is raised by every later call too, until the core is closed; one
+    that a device's kernels met fails the step.
 
     A bug in pagedcore, or the caller released or committed blocks that were somebody else's.
     """

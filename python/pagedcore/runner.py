@@ -8,6 +8,7 @@ import torch
 
 from pagedcore import ops
 from pagedcore.attention import AttentionStep
+from pagedcore.errors import CorruptionError
 from pagedcore.graphs import CudaRecorder, DecodeGraphs
 from pagedcore.staging import DeviceStaging, HostStaging
 
@@ -29,6 +30,11 @@ class Runner(Protocol):
         call. The plan must not be updated before this returns.
         """
 
+    def check(self) -> None:
+        """Raises CorruptionError if a step since the last call had an index out of range. Call it once the step's
+        tokens are there: on a device nobody could look at the indices before.
+        """
+
 
 def make_runner(model: LoadedModel, kv: KVCache, config: SchedulerConfig, *, cuda_graphs: bool = True) -> Runner:
     """The runner for the model's device."""
@@ -38,7 +44,7 @@ def make_runner(model: LoadedModel, kv: KVCache, config: SchedulerConfig, *, cud
     return DeviceRunner(model, kv, config, recorder)
 
 
-class _Forward:
+class Forward:
     """A model over the pages of one KV cache."""
 
     def __init__(self, model: LoadedModel, kv: KVCache, workspace: torch.Tensor | None) -> None:
@@ -84,7 +90,7 @@ class HostRunner:
     """Runs a model on the CPU, over the plan's own arrays."""
 
     def __init__(self, model: LoadedModel, kv: KVCache) -> None:
-        self._forward = _Forward(model, kv, workspace=None)
+        self._forward = Forward(model, kv, workspace=None)
         self._staging = HostStaging()
 
     def execute(self, plan: StepPlan) -> torch.Tensor:
@@ -93,6 +99,9 @@ class HostRunner:
             staged = self._staging.stage(plan)
             self._forward.prepare(staged)
             return self._forward.run(staged.tensors, plan.max_query_len, plan.max_seq_len)
+
+    def check(self) -> None:
+        """See `Runner`: the CPU's kernels look before they read."""
 
 
 class DeviceRunner:
@@ -103,7 +112,7 @@ class DeviceRunner:
 
     def __init__(self, model: LoadedModel, kv: KVCache, config: SchedulerConfig, recorder: Recorder | None) -> None:
         shape = model.layers[0]
-        self._forward = _Forward(
+        self._forward = Forward(
             model,
             kv,
             workspace=torch.empty(
@@ -128,6 +137,7 @@ class DeviceRunner:
             max_blocks=-(-config.max_model_len // config.block_size),
             steps_in_flight=config.max_steps_in_flight,
         )
+        self._device = model.device
         self._graphs: DecodeGraphs | None = None
         ops.warmup(model.device)
         if recorder is not None:
@@ -147,6 +157,11 @@ class DeviceRunner:
             self._forward.prepare(self._staging.stage_decode(plan, recording.batch))
             recording.replay()
             return recording.logits[: plan.num_seqs]
+
+    def check(self) -> None:
+        """See `Runner`."""
+        if faults := ops.device_errors(self._device):
+            raise CorruptionError(f"the kernels met {'; '.join(faults)}")
 
     def _decode(self, tensors: StepTensors) -> torch.Tensor:
         # The lengths of the steps to come are not known; nothing is chosen by them.
