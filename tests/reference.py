@@ -212,6 +212,32 @@ def make_batch(
     return Batch(query.to(device), k_cache, v_cache, table.to(device), lengths.to(device), starts.to(device))
 
 
+_FEATURES = (
+    ("softcap",),
+    ("alibi_slopes",),
+    ("sinks",),
+    ("softcap", "alibi_slopes"),
+    ("softcap", "alibi_slopes", "sinks"),
+)
+
+
+def features(*names: str, num_heads: int = 8) -> dict[str, Any]:
+    """The options of `paged_attention` that have these names; the oracle takes the same."""
+    generator = torch.Generator().manual_seed(5)
+    values = {
+        "softcap": 1.5,
+        "alibi_slopes": 2.0 ** (-8.0 * torch.arange(1, num_heads + 1) / num_heads),  # as ALiBi's paper has them
+        "sinks": 2 * torch.randn(num_heads, generator=generator),
+        "window": 37,
+        "causal": False,
+    }
+    return {name: values[name] for name in names}
+
+
+# Every feature alone and with others, under every mask; for 8 heads.
+FEATURES = [features(*own, *mask) for own in _FEATURES for mask in ((), ("window",), ("causal",))]
+
+
 # Gates on |out - expected| / |expected| for N(0, 1) inputs, and on the absolute error of the LSE.
 OUT_GATE = {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 3e-3}
 LSE_GATE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-3}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from pagedcore import ops
-from reference import Batch, check, make_batch
+from reference import FEATURES, Batch, check, features, make_batch
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HEADS = (8, 2)
@@ -18,37 +18,6 @@ NOT_ANY = float("-inf")
 # In one call: decode, short and long chunks, a whole prompt, queries before the first token, a padding row.
 SEQ_LENS = [65, 2, 300, 40, 3, 0]
 QUERY_LENS = [1, 2, 5, 40, 6, 1]
-
-
-def slopes(num_heads: int) -> torch.Tensor:
-    """As ALiBi's paper has them: 2^-(8 / n), 2^-(16 / n), ..."""
-    return 2.0 ** (-8.0 * torch.arange(1, num_heads + 1) / num_heads)
-
-
-def features(*names: str, num_heads: int = HEADS[0]) -> dict[str, Any]:
-    """The options of `paged_attention` that have these names; the oracle takes the same."""
-    generator = torch.Generator().manual_seed(5)
-    values = {
-        "softcap": 1.5,
-        "alibi_slopes": slopes(num_heads),
-        "sinks": 2 * torch.randn(num_heads, generator=generator),
-        "window": 37,
-        "causal": False,
-    }
-    return {name: values[name] for name in names}
-
-
-COMBINATIONS = [
-    features(*own, *mask)
-    for own in (
-        ("softcap",),
-        ("alibi_slopes",),
-        ("sinks",),
-        ("softcap", "alibi_slopes"),
-        ("softcap", "alibi_slopes", "sinks"),
-    )
-    for mask in ((), ("window",), ("causal",))
-]
 
 
 def attend(batch: Batch, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,7 +29,7 @@ def equal(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> bool:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", COMBINATIONS, ids=lambda options: "+".join(options))
+@pytest.mark.parametrize("options", FEATURES, ids="+".join)
 def test_features(isa: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
     batch = make_batch(SEQ_LENS, QUERY_LENS, dtype=dtype, heads=HEADS, window=options.get("window"))
     check(batch, *attend(batch, **options), **options)

@@ -11,6 +11,8 @@ namespace pagedcore::cpu {
 
 void paged_attention(const AttentionParams& params, int num_threads);
 
+void merge_states(const MergeParams& params, int num_threads);
+
 void reshape_and_cache(const CacheWriteParams& params, int64_t num_blocks, int num_threads);
 
 // One tensor whose first axis is the block: its inner axes merged into as few as possible, innermost contiguous.

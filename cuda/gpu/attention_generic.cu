@@ -1,5 +1,6 @@
 // Attention over paged KV, the plain way: every dtype, head size up to 256, V narrower or wider than K, any stride, any
-// block size, causal or not, sliding window. It is the fallback of the tiled kernels and their oracle on the device.
+// block size, causal or not, sliding window, soft cap, ALiBi, sinks. It is the fallback of the tiled kernels and their
+// oracle on the device.
 //
 // Cut: a warp has one row, that is one query token of one head; the grid strides over all rows. A row's keys go by in
 // chunks of 32, a key per lane: the lane makes the whole dot product, the warp agrees on the chunk's maximum, and then
@@ -11,6 +12,7 @@
 #include "page_of_key.h"
 #include "pagedcore/device.h"
 #include "pagedcore/mask.h"
+#include "pagedcore/score.h"
 #include "pagedcore/softmax.h"
 
 namespace pagedcore::gpu {
@@ -43,9 +45,12 @@ PAGEDCORE_DEVICE void attend_row(const AttentionParams& p, int64_t token, int he
   const bool padding = token >= p.query_start_loc[p.num_seqs];  // nobody's: it sees nothing
   const int seq = padding ? 0 : sequence_of(p, token);
   KeyRange keys{0, 0};
+  int64_t position = 0;
   if (!padding) {
     const int64_t start = p.query_start_loc[seq];
-    keys = visible_keys(p, p.seq_lens[seq], p.query_start_loc[seq + 1] - start, token - start);
+    const int64_t query_len = p.query_start_loc[seq + 1] - start;
+    keys = visible_keys(p, p.seq_lens[seq], query_len, token - start);
+    position = query_position(p.seq_lens[seq], query_len, token - start);
   }
   const int kv_head = head / (p.num_heads / p.num_kv_heads);
 
@@ -53,7 +58,8 @@ PAGEDCORE_DEVICE void attend_row(const AttentionParams& p, int64_t token, int he
   for (int d = lane; d < p.head_dim; d += kWarpSize) q[d] = to_float(query[d]);
   sync_warp();
 
-  const float score_scale = p.scale * kLog2E;
+  const ScoreRule rule = score_rule(p);
+  const float slope = p.alibi_slopes != nullptr ? alibi_slope(p, head) : 0.0f;
   float m = -INFINITY, l = 0.0f;
   float o[kColumns] = {};
   for (int64_t first = keys.begin; first < keys.end; first += kWarpSize) {
@@ -70,7 +76,9 @@ PAGEDCORE_DEVICE void attend_row(const AttentionParams& p, int64_t token, int he
                    slot * p.k.token_stride;
       score = 0.0f;
       for (int d = 0; d < p.head_dim; ++d) score = fmaf(q[d], to_float(k[d]), score);
-      score *= score_scale;
+      score *= rule.factor;
+      if (rule.cap != 0.0f) score = rule.cap * tanh_of(score);
+      if (slope != 0.0f) score = fmaf(-slope, fabsf(static_cast<float>(position - key)), score);
     }
     const float m_new = max_of(m, reduce_max(score));
     const float reference = finite_max(m_new);
@@ -95,12 +103,15 @@ PAGEDCORE_DEVICE void attend_row(const AttentionParams& p, int64_t token, int he
     }
   }
 
+  WithSink total{m, l, l, 1.0f};
+  if (p.sinks != nullptr) total = add_sink(m, l, l, p.sinks[head]);
   T* out = static_cast<T*>(p.out) + token * p.out_token_stride + head * p.out_head_stride;
   for (int i = 0; i < kColumns; ++i) {
     const int d = i * kWarpSize + lane;
-    if (d < p.v_head_dim) from_float(l == 0.0f ? 0.0f : o[i] / l, out[d]);
+    if (d < p.v_head_dim) from_float(total.w == 0.0f ? 0.0f : o[i] * total.a / total.w, out[d]);
   }
-  if (p.lse != nullptr && lane == 0) p.lse[token * p.lse_token_stride + head * p.lse_head_stride] = log_sum_exp(m, l);
+  if (p.lse != nullptr && lane == 0)
+    p.lse[token * p.lse_token_stride + head * p.lse_head_stride] = log_sum_exp(total.m, total.l);
   sync_warp();  // q is written again
 }
 
@@ -130,8 +141,6 @@ void load_attention_generic() {
 }
 
 void attention_generic(const AttentionParams& p, Stream stream) {
-  if (p.softcap != 0.0f || p.alibi_slopes || p.sinks)
-    throw std::invalid_argument("attention with a soft cap, ALiBi or sinks");
   if (p.num_tokens == 0) return;
   switch (p.dtype) {
     case DType::f32:

@@ -15,10 +15,12 @@ namespace pagedcore::gpu {
 // One column of a row's output, and with the first its log-sum-exp.
 template <class T>
 PAGEDCORE_DEVICE void write_column(const AttentionParams& p, const Row& row, int d, const Folded& f) {
+  WithSink total{f.m, f.exact, f.rounded, 1.0f};
+  if (p.sinks != nullptr) total = add_sink(f.m, f.exact, f.rounded, p.sinks[row.head]);
   T* out = static_cast<T*>(p.out) + row.token * p.out_token_stride + row.head * p.out_head_stride;
-  from_float(f.rounded == 0.0f ? 0.0f : f.o / f.rounded, out[d]);
+  from_float(total.w == 0.0f ? 0.0f : f.o * total.a / total.w, out[d]);
   if (p.lse != nullptr && d == 0) {
-    p.lse[row.token * p.lse_token_stride + row.head * p.lse_head_stride] = log_sum_exp(f.m, f.exact);
+    p.lse[row.token * p.lse_token_stride + row.head * p.lse_head_stride] = log_sum_exp(total.m, total.l);
   }
 }
 

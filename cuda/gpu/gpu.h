@@ -33,6 +33,10 @@ void attention_generic(const AttentionParams& params, device::Stream stream);
 void load_attention_generic();
 void load_tiled();
 void load_cache_ops();
+void load_merge();
+
+// Outputs over disjoint keys as one (merge.cu).
+void merge_states(const MergeParams& params, device::Stream stream);
 
 // This step's K and V to their slots; a slot that is negative or past the cache is skipped. Which of two tokens with
 // one slot is kept is not defined here.

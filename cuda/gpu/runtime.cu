@@ -94,6 +94,7 @@ void warm_up() {
   load_attention_generic();
   load_tiled();
   load_cache_ops();
+  load_merge();
 }
 
 }  // namespace pagedcore::gpu

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "pagedcore/device.h"
-#include "pagedcore/softmax.h"
+#include "pagedcore/score.h"
 #include "query.h"
 #include "rows.h"
 #include "tile.h"
@@ -39,22 +39,46 @@ PAGEDCORE_DEVICE void multiply_keys(const Query& query, const char* k_rows, floa
   }
 }
 
-// Scales the scores, in base 2, and masks what a row does not see. `key` is the position of the first key; bit i of
-// `valid`: key i has a block.
+// Makes scores, in base 2, of the products, and masks what a row does not see. `key` is the position of the first key;
+// bit i of `valid`: key i has a block. What an option asks for is under a branch that all threads of a launch take
+// alike.
 template <int kKeys>
 PAGEDCORE_DEVICE void finish_scores(const AttentionParams& p, const Row (&rows)[2], int key,
                                     const uint32_t (&valid)[(kKeys + 31) / 32], float (&score)[kKeys / 8][4]) {
-  const float scale = p.scale * kLog2E;
+  const ScoreRule rule = score_rule(p);
+  const int reach = reach_of(p);
   const int lane = device::lane_id();
+  if (rule.cap == 0.0f) {
+#pragma unroll
+    for (int i = 0; i < kKeys / 8; ++i) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) score[i][c] *= rule.factor;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kKeys / 8; ++i) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) score[i][c] = rule.cap * device::tanh_of(rule.factor * score[i][c]);
+    }
+  }
+  if (p.alibi_slopes != nullptr) {
+#pragma unroll
+    for (int i = 0; i < kKeys / 8; ++i) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const Row& row = rows[c / 2];
+        const auto distance = static_cast<float>(row.position - key - (i * 8 + lane % 4 * 2 + c % 2));
+        score[i][c] = fmaf(-row.slope, fabsf(distance), score[i][c]);
+      }
+    }
+  }
 #pragma unroll
   for (int i = 0; i < kKeys / 8; ++i) {
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       const int index = i * 8 + lane % 4 * 2 + c % 2;
-      const Row& row = rows[c / 2];
-      const bool visible =
-          key + index >= row.begin && key + index < row.end && (valid[index / 32] >> index % 32 & 1u) != 0;
-      score[i][c] = visible ? score[i][c] * scale : -INFINITY;
+      const bool visible = sees(rows[c / 2], reach, key + index) && (valid[index / 32] >> index % 32 & 1u) != 0;
+      if (!visible) score[i][c] = -INFINITY;
     }
   }
 }

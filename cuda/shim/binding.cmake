@@ -2,7 +2,7 @@
 # dispatch and kernels as on a GPU then run in the test suite. CPU kernels without instruction sets: they are not at test.
 get_filename_component(cuda "${CMAKE_CURRENT_SOURCE_DIR}/.." ABSOLUTE)
 file(GLOB binding CONFIGURE_DEPENDS ${cuda}/src/*.cpp)
-set(cpu attention_scalar cache_ops isa paged_attention plan probe threads)
+set(cpu attention_scalar cache_ops isa merge_states paged_attention plan probe threads)
 list(TRANSFORM cpu PREPEND ${cuda}/cpu/)
 list(TRANSFORM cpu APPEND .cpp)
 target_sources(${module} PRIVATE ${binding} ${cpu} device_tensor.cpp runtime.cpp)

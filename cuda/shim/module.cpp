@@ -96,6 +96,26 @@ void paged_attention(const py::dict& fields, uintptr_t plan, uintptr_t workspace
   }
 }
 
+// Addresses and strides of one output, as PartialOutput has them.
+PartialOutput partial_output(const py::dict& fields, const char* name) {
+  const auto given = py::cast<std::array<uintptr_t, 6>>(fields[name]);
+  return {reinterpret_cast<void*>(given[0]),  static_cast<int64_t>(given[1]), static_cast<int64_t>(given[2]),
+          reinterpret_cast<float*>(given[3]), static_cast<int64_t>(given[4]), static_cast<int64_t>(given[5])};
+}
+
+void merge_states(const py::dict& fields) {
+  MergeParams p{};
+  p.a = partial_output(fields, "a");
+  p.b = partial_output(fields, "b");
+  p.total = partial_output(fields, "total");
+  p.sinks = pointer<const float>(fields, "sinks");
+  set(p.num_tokens, fields, "num_tokens");
+  set(p.num_heads, fields, "num_heads");
+  set(p.v_head_dim, fields, "v_head_dim");
+  p.dtype = dtype_of(py::cast<std::string>(fields["dtype"]));
+  gpu::merge_states(p, nullptr);
+}
+
 void reshape_and_cache(const py::dict& fields) {
   CacheWriteParams p{};
   p.key = pointer<const void>(fields, "key");
@@ -164,6 +184,7 @@ PYBIND11_MODULE(PAGEDCORE_SHIM_MODULE, m) {
       .def(py::init<>())
       .def("stop", &shim::Recording::stop)
       .def("replay", &shim::Recording::replay);
+  m.def("merge_states", &shim::merge_states);
   m.def("reshape_and_cache", &shim::reshape_and_cache);
   m.def("move_blocks", &shim::move_blocks, py::arg("op"), py::arg("region"), py::arg("ids"), py::arg("count"),
         py::arg("staging") = 0);

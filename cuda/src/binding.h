@@ -15,6 +15,7 @@ namespace pagedcore {
 // The functions of each file, ended by an empty entry.
 extern PyMethodDef attention_methods[];
 extern PyMethodDef cache_methods[];
+extern PyMethodDef merge_methods[];
 extern PyMethodDef probe_methods[];
 
 // The text is the signature as inspect and stubtest see it.

@@ -95,7 +95,7 @@ void define_kernels(py::module_& m) {
       set_python_error();
     }
   });
-  for (PyMethodDef* functions : {attention_methods, cache_methods, probe_methods, methods}) {
+  for (PyMethodDef* functions : {attention_methods, cache_methods, merge_methods, probe_methods, methods}) {
     if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
   }
   m.def("set_torch_types", &set_torch_types, py::arg("tensor"), py::arg("parameter"));

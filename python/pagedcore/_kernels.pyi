@@ -54,6 +54,17 @@ def attention_memory(
     max_query_len: int,
     dtype: str,
 ) -> tuple[int, int]: ...
+def merge_states(
+    o_a: Any,
+    lse_a: Any,
+    o_b: Any,
+    lse_b: Any,
+    out: Any,
+    lse: Any,
+    sinks: Any | None = None,
+    *,
+    num_threads: int | None = None,
+) -> None: ...
 def reshape_and_cache(
     key: Any, value: Any, k_cache: Any, v_cache: Any, slot_mapping: Any, *, num_threads: int | None = None
 ) -> None: ...

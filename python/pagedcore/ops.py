@@ -20,7 +20,16 @@ from typing import Any
 from pagedcore import _kernels
 from pagedcore.errors import UnsupportedError
 from pagedcore.layout import dtype_name
-from pagedcore.tensors import block_tensors, device_index, device_of, new_bytes, new_lse, new_out, require_axes
+from pagedcore.tensors import (
+    block_tensors,
+    device_index,
+    device_of,
+    new_bytes,
+    new_like,
+    new_lse,
+    new_out,
+    require_axes,
+)
 
 
 def needs_dispatcher(*tensors: Any) -> bool:
@@ -119,7 +128,7 @@ def paged_attention(
     if out is None:
         out = new_out(query, v_cache)
     if lse is None and return_lse:
-        lse = new_lse(query)
+        lse = new_lse(query, "query", "head_dim")
     traced = needs_dispatcher(
         query,
         k_cache,
@@ -160,6 +169,34 @@ def paged_attention(
         num_threads=num_threads,
     )
     return out if lse is None else (out, lse)
+
+
+def merge_states(
+    o_a: Any,
+    lse_a: Any,
+    o_b: Any,
+    lse_b: Any,
+    sinks: Any = None,
+    *,
+    out: Any = None,
+    lse: Any = None,
+    num_threads: int | None = None,
+) -> tuple[Any, Any]:
+    """Two outputs of attention over disjoint keys as the one over all of them: split keys, a prefix that many share.
+
+    o_a, o_b ``[num_tokens, num_heads, v_head_dim]`` with their lse float32 ``[num_tokens, num_heads]``, natural log, as
+    `paged_attention` returns them without sinks. sinks float32 ``[num_heads]`` are logits that join here, once.
+
+    Returns ``(out, lse)``. A row that neither saw a key for (lse -inf) is 0 with lse -inf, whatever o_a and o_b hold.
+    """
+    if out is None:
+        out = new_like(o_a, require_axes("o_a", o_a, "num_tokens", "num_heads", "v_head_dim"))
+    if lse is None:
+        lse = new_lse(o_a, "o_a", "v_head_dim")
+    traced = needs_dispatcher(o_a, lse_a, o_b, lse_b, out, lse, sinks)
+    merge = _torch_ops().merge_states if traced else _kernels.merge_states
+    merge(o_a, lse_a, o_b, lse_b, out, lse, sinks, num_threads=num_threads)
+    return out, lse
 
 
 def plan_attention(

@@ -73,19 +73,24 @@ def new_out(query: Any, v_cache: Any) -> Any:
     """[num_tokens, num_heads, v_head_dim] in the library and dtype of `query`."""
     num_tokens, num_heads, _ = require_axes("query", query, "num_tokens", "num_heads", "head_dim")
     v_head_dim = require_axes("v_cache", v_cache, "num_blocks", "num_kv_heads", "block_size", "v_head_dim")[3]
-    if hasattr(query, "new_empty"):  # torch
-        return query.new_empty((num_tokens, num_heads, v_head_dim))
-    xp = array_module(query)
+    return new_like(query, (num_tokens, num_heads, v_head_dim))
+
+
+def new_lse(rows: Any, name: str, dim: str) -> Any:
+    """[num_tokens, num_heads] float32 in the library of `rows`, whose axes these two and `dim` are."""
+    num_tokens, num_heads, _ = require_axes(name, rows, "num_tokens", "num_heads", dim)
+    if hasattr(rows, "new_empty"):  # torch
+        return rows.new_empty((num_tokens, num_heads), dtype=sys.modules["torch"].float32)
+    return array_module(rows).empty((num_tokens, num_heads), "float32")
+
+
+def new_like(tensor: Any, shape: tuple[int, ...]) -> Any:
+    """A tensor of this shape in the library and dtype of `tensor`, where `tensor` is. What it holds is not defined."""
+    if hasattr(tensor, "new_empty"):  # torch
+        return tensor.new_empty(shape)
+    xp = array_module(tensor)
     # A memoryview has no dtype, and NumPy none for it that it did not make itself.
-    return xp.empty((num_tokens, num_heads, v_head_dim), getattr(query, "dtype", None) or xp.asarray(query).dtype)
-
-
-def new_lse(query: Any) -> Any:
-    """[num_tokens, num_heads] float32 in the library of `query`."""
-    num_tokens, num_heads, _ = require_axes("query", query, "num_tokens", "num_heads", "head_dim")
-    if hasattr(query, "new_empty"):  # torch
-        return query.new_empty((num_tokens, num_heads), dtype=sys.modules["torch"].float32)
-    return array_module(query).empty((num_tokens, num_heads), "float32")
+    return xp.empty(shape, getattr(tensor, "dtype", None) or xp.asarray(tensor).dtype)
 
 
 def block_tensors(kv: Any) -> list[Any]:

@@ -42,6 +42,10 @@ OPERATORS = {  # by name, their schemas
         " int v_head_dim, int num_tokens, int max_query_len, str dtype, int? window=None, bool causal=True,"
         " int? split_size=None)"
     ),
+    "merge_states": (
+        "(Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b, Tensor(a!) out, Tensor(b!) lse, Tensor? sinks=None, *,"
+        " int? num_threads=None)"
+    ),
     "copy_blocks": "(Tensor(a!)[] caches, Tensor pairs, *, int? num_threads=None)",
     "zero_blocks": "(Tensor(a!)[] caches, Tensor blocks, *, int? num_threads=None)",
     "gather_blocks": "(Tensor[] caches, Tensor blocks, Tensor(a!) out, *, int? num_threads=None)",
@@ -66,13 +70,17 @@ _AXES = {
     "sinks": ("num_heads",),
     "out": ("num_tokens", "num_heads", "v_head_dim"),
     "lse": ("num_tokens", "num_heads"),
+    "o_a": ("num_tokens", "num_heads", "v_head_dim"),
+    "lse_a": ("num_tokens", "num_heads"),
+    "o_b": ("num_tokens", "num_heads", "v_head_dim"),
+    "lse_b": ("num_tokens", "num_heads"),
     "pairs": ("num_pairs", "2"),
     "blocks": ("count",),
     "table": ("table_rows", "max_blocks"),
     "updates": ("num_updates", "3"),
 }
 _INT32 = ("seq_lens", "block_table", "block_table_rows", "query_start_loc", "pairs", "blocks", "table", "updates")
-_FLOAT32 = ("lse", "alibi_slopes", "sinks")
+_FLOAT32 = ("lse", "lse_a", "lse_b", "alibi_slopes", "sinks")
 _FIXED_DTYPES = {
     **dict.fromkeys(_INT32, torch.int32),
     **dict.fromkeys(_FLOAT32, torch.float32),

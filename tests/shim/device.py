@@ -80,6 +80,9 @@ class Attention:
         *,
         window: int | None = None,
         causal: bool = True,
+        softcap: float = 0.0,
+        alibi_slopes: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
         block_table_rows: torch.Tensor | None = None,
         block_stride: int | None = None,
     ) -> None:
@@ -124,10 +127,11 @@ class Attention:
             "window": window or 0,
             "scale": head_dim**-0.5,
             "causal": causal,
+            "softcap": softcap,
             "dtype": ELEMENT[batch.query.dtype],
         }
-        if block_table_rows is not None:
-            self.fields["block_table_rows"] = device.upload(block_table_rows)
+        optional = {"block_table_rows": block_table_rows, "alibi_slopes": alibi_slopes, "sinks": sinks}
+        self.fields |= {name: device.upload(tensor) for name, tensor in optional.items() if tensor is not None}
 
     def launch(self, kernel: str, grid: int = 6, launches: int = 1) -> None:
         """By "generic", or "tiled" on a device of `grid` multiprocessors, so many times over one plan."""

@@ -53,8 +53,8 @@ MUTANTS = [
         "const int slot = stage % kStages;\n    const char*",
         "const int slot = (stage + 1) % kStages;\n    const char*",
     ),
-    Mutant("unmasked tail", "scores.h", "key + index < row.end", "key + index <= row.end"),
-    Mutant("unmasked window edge", "scores.h", "key + index >= row.begin", "key + index + 1 >= row.begin"),
+    Mutant("unmasked tail", "rows.h", "key < row.end", "key <= row.end"),
+    Mutant("unmasked window edge", "rows.h", "row.position - key < reach", "row.position - key <= reach"),
     Mutant("bad block id", "page_of_key.h", "block >= 0 && block < p.num_blocks", "block >= 0"),
     Mutant("table read past its end", "page_of_key.h", " || index >= p.max_blocks", ""),
     Mutant(

@@ -15,7 +15,7 @@ import torch
 from gpus import ShimGpu
 from pagedcore import ops, tensors
 from pagedcore.errors import InvalidArgumentError, UnsupportedError
-from reference import Batch, check, make_batch
+from reference import Batch, check, features, make_batch
 
 
 def make_gpu(shim: Any, way: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[ShimGpu]:
@@ -83,6 +83,27 @@ def test_attention_options(gpu: ShimGpu) -> None:
     args[3] = gpu.upload(table)
     assert ops.paged_attention(*args, out=out, block_table_rows=gpu.upload(rows), **options) is out
     check(batch, gpu.download(out), **options)
+
+
+def test_attention_features(gpu: ShimGpu) -> None:
+    batch = small_batch(heads=(8, 2))
+    options = features("softcap", "alibi_slopes", "sinks")
+    on_device = {name: gpu.upload(x) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    out, lse = ops.paged_attention(*arguments(gpu, batch), return_lse=True, **on_device)
+    check(batch, gpu.download(out), gpu.download(lse), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_merge_states(any_gpu: ShimGpu, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Outputs are allocated where the states are; the CPU's to the last bit but one."""
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(7, 3, n, generator=generator).squeeze(-1) for n in (40, 1, 40, 1)]
+    states = [t.to(dtype) if t.ndim == 3 else t for t in states]
+    sinks = torch.randn(3, generator=generator)
+    got = ops.merge_states(*(any_gpu.upload(t) for t in states), any_gpu.upload(sinks))
+    monkeypatch.undo()
+    for a, b in zip(got, ops.merge_states(*states, sinks), strict=True):
+        torch.testing.assert_close(any_gpu.download(a), b)
 
 
 def step(batch: Batch) -> dict[str, Any]:

@@ -80,6 +80,7 @@ PAGEDCORE_DEVICE uint32_t pack2(float low, float high) {
 PAGEDCORE_DEVICE float exp2_approx(float x) { return x == 0.0f ? 1.0f : shim::approximate(::exp2f(x), 2); }
 PAGEDCORE_DEVICE int bit_count(uint32_t x) { return __builtin_popcount(x); }
 PAGEDCORE_DEVICE float max_of(float a, float b) { return ::fmaxf(a, b); }
+PAGEDCORE_DEVICE float tanh_of(float x) { return shim::approximate(::tanhf(x), 1); }
 
 PAGEDCORE_DEVICE uint32_t load_4(const void* p) { return shim::load_4(p); }
 PAGEDCORE_DEVICE Vec16 load_16(const void* p) { return shim::load_16<Vec16>(p); }

@@ -65,6 +65,26 @@ struct AttentionParams {
   uint32_t* faults;  // [kDeviceFaults], see faults.h; null: nobody wants to know. Not used on the CPU
 };
 
+// Attention's output over some of the keys.
+struct PartialOutput {
+  void* out;  // [num_tokens, num_heads, v_head_dim]
+  int64_t out_token_stride;
+  int64_t out_head_stride;
+  float* lse;  // [num_tokens, num_heads], natural log
+  int64_t lse_token_stride;
+  int64_t lse_head_stride;
+};
+
+struct MergeParams {
+  PartialOutput a, b;   // read: over disjoint keys, without sinks
+  PartialOutput total;  // written
+  const float* sinks;   // as in AttentionParams
+  int64_t num_tokens;
+  int32_t num_heads;
+  int32_t v_head_dim;
+  DType dtype;  // of every out
+};
+
 struct CacheWriteParams {
   const void* key;    // [num_tokens, num_kv_heads, head_dim]
   const void* value;  // [num_tokens, num_kv_heads, v_head_dim]

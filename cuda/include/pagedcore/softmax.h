@@ -44,4 +44,25 @@ PAGEDCORE_FN WithSink add_sink(float m, float l, float w, float sink) {
   return {factors.m, l * factors.a + factors.b, w * factors.a + factors.b, factors.a};
 }
 
+// How two outputs over disjoint keys, and a sink or null, become one: factors of the outputs, and the log-sum-exp of
+// all (natural units). Keys that nobody saw have a log-sum-exp of -inf and the factor 0; where that is all there is, a
+// sink changes nothing.
+struct OutputFactors {
+  float a, b, lse;
+};
+
+PAGEDCORE_FN OutputFactors output_factors(float lse_a, float lse_b, const float* sink) {
+  float top = lse_a > lse_b || lse_a != lse_a ? lse_a : lse_b;
+  if (top == -INFINITY) return {0.0f, 0.0f, -INFINITY};
+  if (sink && !(*sink <= top)) top = *sink;
+  const float a = __builtin_exp2f((lse_a - top) * kLog2E), b = __builtin_exp2f((lse_b - top) * kLog2E);
+  const float total = a + b + (sink ? __builtin_exp2f((*sink - top) * kLog2E) : 0.0f);
+  return {a / total, b / total, top + __builtin_log2f(total) * kLn2};
+}
+
+// One element. Where nobody saw a key there is nothing to multiply, whatever it holds.
+PAGEDCORE_FN float merge_element(const OutputFactors& factors, float lse_a, float o_a, float lse_b, float o_b) {
+  return (lse_a == -INFINITY ? 0.0f : factors.a * o_a) + (lse_b == -INFINITY ? 0.0f : factors.b * o_b);
+}
+
 }  // namespace pagedcore
