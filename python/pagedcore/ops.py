@@ -32,8 +32,13 @@ from pagedcore.tensors import (
 )
 
 
-def needs_dispatcher(*tensors: Any) -> bool:
-    """Whether a call on these must go through ``torch.ops``. `pagedcore.torch` puts its own function in this place."""
+def is_compiling() -> bool:
+    """Whether torch compiles this call. `pagedcore.torch` puts torch's own function in this place."""
+    return False
+
+
+def any_subclass(*tensors: Any) -> bool:
+    """Whether one of these is of a subclass of torch's tensors. `pagedcore.torch` puts a C function in this place."""
     if "torch" not in sys.modules:
         return False
     import pagedcore.torch
@@ -78,7 +83,7 @@ def reshape_and_cache(
     """
     if not (k_scale is v_scale is None):
         _refuse_given(k_scale=k_scale, v_scale=v_scale)
-    traced = needs_dispatcher(key, value, k_cache, v_cache, slot_mapping)
+    traced = is_compiling() or any_subclass(key, value, k_cache, v_cache, slot_mapping)
     write = _torch_ops().reshape_and_cache if traced else _kernels.reshape_and_cache
     write(key, value, k_cache, v_cache, slot_mapping, num_threads=num_threads)
 
@@ -129,7 +134,7 @@ def paged_attention(
         out = new_out(query, v_cache)
     if lse is None and return_lse:
         lse = new_lse(query, "query", "head_dim")
-    traced = needs_dispatcher(
+    traced = is_compiling() or any_subclass(
         query,
         k_cache,
         v_cache,
@@ -193,7 +198,7 @@ def merge_states(
         out = new_like(o_a, require_axes("o_a", o_a, "num_tokens", "num_heads", "v_head_dim"))
     if lse is None:
         lse = new_lse(o_a, "o_a", "v_head_dim")
-    traced = needs_dispatcher(o_a, lse_a, o_b, lse_b, out, lse, sinks)
+    traced = is_compiling() or any_subclass(o_a, lse_a, o_b, lse_b, out, lse, sinks)
     merge = _torch_ops().merge_states if traced else _kernels.merge_states
     merge(o_a, lse_a, o_b, lse_b, out, lse, sinks, num_threads=num_threads)
     return out, lse
@@ -233,7 +238,7 @@ def plan_attention(
     if out is None:
         sizes = (num_tokens, shape[0], num_heads, num_kv_heads, head_dim, v_head_dim, max_query_len, dtype)
         out = new_bytes(seq_lens, _kernels.attention_memory(device_of(seq_lens), *sizes)[0])
-    traced = needs_dispatcher(seq_lens, query_start_loc, out)
+    traced = is_compiling() or any_subclass(seq_lens, query_start_loc, out)
     make = _torch_ops().plan_attention if traced else _kernels.plan_attention
     make(
         seq_lens,
@@ -345,14 +350,14 @@ def copy_blocks(kv: Any, pairs: Any, *, num_threads: int | None = None) -> None:
     On a GPU pairs go in any order: there no dst may be another pair's src or dst.
     """
     caches = block_tensors(kv)
-    copy = _torch_ops().copy_blocks if needs_dispatcher(*caches, pairs) else _kernels.copy_blocks
+    copy = _torch_ops().copy_blocks if is_compiling() or any_subclass(*caches, pairs) else _kernels.copy_blocks
     copy(caches, pairs, num_threads=num_threads)
 
 
 def zero_blocks(kv: Any, blocks: Any, *, num_threads: int | None = None) -> None:
     """Clears whole blocks, all layers. kv as in `copy_blocks`; blocks int32 ``[count]``."""
     caches = block_tensors(kv)
-    zero = _torch_ops().zero_blocks if needs_dispatcher(*caches, blocks) else _kernels.zero_blocks
+    zero = _torch_ops().zero_blocks if is_compiling() or any_subclass(*caches, blocks) else _kernels.zero_blocks
     zero(caches, blocks, num_threads=num_threads)
 
 
@@ -364,7 +369,9 @@ def gather_blocks(kv: Any, blocks: Any, out: Any, *, num_threads: int | None = N
     `scatter_blocks` takes for a cache of the same layout.
     """
     caches = block_tensors(kv)
-    gather = _torch_ops().gather_blocks if needs_dispatcher(*caches, blocks, out) else _kernels.gather_blocks
+    gather = (
+        _torch_ops().gather_blocks if is_compiling() or any_subclass(*caches, blocks, out) else _kernels.gather_blocks
+    )
     gather(caches, blocks, out, num_threads=num_threads)
 
 
@@ -373,7 +380,9 @@ def scatter_blocks(kv: Any, blocks: Any, src: Any, *, num_threads: int | None = 
     the later is kept on the CPU; on a GPU there must be none.
     """
     caches = block_tensors(kv)
-    scatter = _torch_ops().scatter_blocks if needs_dispatcher(*caches, blocks, src) else _kernels.scatter_blocks
+    scatter = (
+        _torch_ops().scatter_blocks if is_compiling() or any_subclass(*caches, blocks, src) else _kernels.scatter_blocks
+    )
     scatter(caches, blocks, src, num_threads=num_threads)
 
 
@@ -382,7 +391,11 @@ def update_block_table(table: Any, updates: Any) -> None:
     in a table that is kept on a device. table int32 ``[rows, max_blocks]``. Of two updates of one entry the later holds
     on the CPU; on a GPU there must be none.
     """
-    update = _torch_ops().update_block_table if needs_dispatcher(table, updates) else _kernels.update_block_table
+    update = (
+        _torch_ops().update_block_table
+        if is_compiling() or any_subclass(table, updates)
+        else _kernels.update_block_table
+    )
     update(table, updates)
 
 

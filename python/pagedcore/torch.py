@@ -14,7 +14,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from pagedcore import _kernels, ops
 from pagedcore.errors import InvalidArgumentError
@@ -149,9 +149,12 @@ def _register() -> None:
 
 def needs_dispatcher(*tensors: Any) -> bool:
     """Whether a call on these must go through torch's dispatcher: while compiling, and for tensor subclasses."""
-    return is_compiling() or _kernels.any_torch_subclass(*tensors)
+    return is_dynamo_compiling() or _kernels.any_torch_subclass(*tensors)
 
 
 _register()
 _kernels.set_torch_types(torch.Tensor, torch.nn.Parameter)
-ops.needs_dispatcher = needs_dispatcher
+# In the place of a function that asks for both: two calls of C functions are quicker than one of Python's. Whoever traces
+# without dynamo does so with tensors of a subclass.
+ops.is_compiling = is_dynamo_compiling
+ops.any_subclass = _kernels.any_torch_subclass
