@@ -47,8 +47,8 @@ void raise(const ArgumentError& error) {
 
 }  // namespace
 
-void sort_arguments(const Signature& signature, PyObject* const* arguments, Py_ssize_t num_positional,
-                    PyObject* keyword_names, PyObject** values) {
+void sort_arguments(const Signature& signature, PyObject* const* interned, PyObject* const* arguments,
+                    Py_ssize_t num_positional, PyObject* keyword_names, PyObject** values) {
   if (num_positional > signature.positional) {
     wrong_call(signature, "takes " + std::to_string(signature.positional) + " positional arguments but " +
                               std::to_string(num_positional) + " were given");
@@ -58,8 +58,7 @@ void sort_arguments(const Signature& signature, PyObject* const* arguments, Py_s
   int next = static_cast<int>(num_positional);  // callers mostly name arguments in order
   for (Py_ssize_t i = 0; i < num_keywords; ++i) {
     PyObject* const name = PyTuple_GET_ITEM(keyword_names, i);
-    if (next >= signature.count || PyUnicode_CompareWithASCIIString(name, signature.names[next]) != 0)
-      next = index_of(signature, name);
+    if (next >= signature.count || name != interned[next]) next = index_of(signature, name);
     if (values[next])
       wrong_call(signature, std::string("got multiple values for argument '") + signature.names[next] + "'");
     values[next++] = arguments[num_positional + i];

@@ -34,10 +34,23 @@ struct Signature {
 template <int kCount>
 using Arguments = std::array<PyObject*, static_cast<size_t>(kCount)>;
 
+// The names of a signature as Python interns them, so that those in a caller's code are mostly the same objects.
+template <int kCount>
+struct InternedNames {
+  std::array<PyObject*, static_cast<size_t>(kCount)> names;
+
+  explicit InternedNames(const Signature& signature) {
+    for (size_t i = 0; i < names.size(); ++i) {
+      names[i] = PyUnicode_InternFromString(signature.names[i]);
+      if (!names[i]) throw pybind11::error_already_set();
+    }
+  }
+};
+
 // Sorts one vectorcall's arguments into `values`, which are null before. Throws a TypeError for a call that does not
 // fit, as Python words it.
-void sort_arguments(const Signature& signature, PyObject* const* arguments, Py_ssize_t num_positional,
-                    PyObject* keyword_names, PyObject** values);
+void sort_arguments(const Signature& signature, PyObject* const* interned, PyObject* const* arguments,
+                    Py_ssize_t num_positional, PyObject* keyword_names, PyObject** values);
 
 // Turns the exception being handled into Python's; call it in a catch block.
 void set_python_error();
@@ -46,8 +59,9 @@ void set_python_error();
 template <const Signature& kSignature, void (*kFunction)(const Arguments<kSignature.count>&)>
 PyObject* entry(PyObject*, PyObject* const* arguments, Py_ssize_t num_positional, PyObject* keyword_names) {
   try {
+    static const InternedNames<kSignature.count> interned(kSignature);
     Arguments<kSignature.count> values{};
-    sort_arguments(kSignature, arguments, num_positional, keyword_names, values.data());
+    sort_arguments(kSignature, interned.names.data(), arguments, num_positional, keyword_names, values.data());
     kFunction(values);
     Py_RETURN_NONE;
   } catch (...) {
