@@ -119,7 +119,7 @@ format: $(READY) ## Format all sources in place
 .PHONY: wheel
 wheel: $(TOOLS) ## Build the sdist, and the wheel from the sdist, into dist/
 	@$(PIP) install --quiet build
-	@.venv/bin/python -m build
+	@CUDACXX="$$(.venv/bin/python python/_build/nvcc.py)" .venv/bin/python -m build # out of the tree, where .cuda is not seen
 
 .PHONY: clean
 clean: ## Remove what was compiled; .venv and .cache stay
@@ -127,5 +127,5 @@ clean: ## Remove what was compiled; .venv and .cache stay
 	@find python tests bench docs -name __pycache__ -prune -exec rm -rf {} + 2> /dev/null || true
 
 .PHONY: distclean
-distclean: clean ## Remove .venv and the downloaded model as well
-	@rm -rf .venv .cache
+distclean: clean ## Remove .venv, nvcc and the downloaded model as well
+	@rm -rf .venv .cuda .cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 from pagedcore.errors import InvalidArgumentError
@@ -44,7 +45,7 @@ def new_bytes(like: Any, count: int) -> Any:
     """uint8 ``[count]`` in the library of `like`, where `like` is. What it holds is not defined."""
     if hasattr(like, "new_empty"):  # torch
         return like.new_empty((count,), dtype=sys.modules["torch"].uint8)
-    return array_module(like).empty((count,), "uint8")
+    return _empty(like, (count,), "uint8")
 
 
 def array_module(like: Any) -> Any:
@@ -81,16 +82,21 @@ def new_lse(rows: Any, name: str, dim: str) -> Any:
     num_tokens, num_heads, _ = require_axes(name, rows, "num_tokens", "num_heads", dim)
     if hasattr(rows, "new_empty"):  # torch
         return rows.new_empty((num_tokens, num_heads), dtype=sys.modules["torch"].float32)
-    return array_module(rows).empty((num_tokens, num_heads), "float32")
+    return _empty(rows, (num_tokens, num_heads), "float32")
 
 
 def new_like(tensor: Any, shape: tuple[int, ...]) -> Any:
     """A tensor of this shape in the library and dtype of `tensor`, where `tensor` is. What it holds is not defined."""
     if hasattr(tensor, "new_empty"):  # torch
         return tensor.new_empty(shape)
-    xp = array_module(tensor)
     # A memoryview has no dtype, and NumPy none for it that it did not make itself.
-    return xp.empty(shape, getattr(tensor, "dtype", None) or xp.asarray(tensor).dtype)
+    return _empty(tensor, shape, getattr(tensor, "dtype", None) or array_module(tensor).asarray(tensor).dtype)
+
+
+def _empty(like: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """Of NumPy, or of CuPy, which allocates on the device that is current."""
+    with like.device if hasattr(like, "__cuda_array_interface__") else nullcontext():
+        return array_module(like).empty(shape, dtype)
 
 
 def block_tensors(kv: Any) -> list[Any]:

@@ -89,11 +89,12 @@ def test_wheel_without_gpu_kernels_says_so(wheel, clean_venv):
     clean_venv.install(wheel)
     code = f"""
 {CUDA_ARRAY}
+import numpy as np
 from pagedcore import _kernels, ops
 from pagedcore.errors import UnsupportedError
 assert _kernels.gpu_facts() == {{"images": None}}
-for call in (lambda: ops.zero_blocks(Array(), Array()), lambda: ops.warmup("cuda"), lambda: ops.device_errors(1),
-             lambda: ops.attention_workspace_size(1, 1, 1, 1, 64)):
+for call in (lambda: ops.zero_blocks(Array(), np.zeros(1, np.int32)), lambda: ops.warmup("cuda"),
+             lambda: ops.device_errors(1), lambda: ops.attention_workspace_size(1, 1, 1, 1, 64)):
     try:
         call()
     except UnsupportedError as error:

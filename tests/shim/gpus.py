@@ -99,6 +99,21 @@ def exchange_tensor_class(gpu: ShimGpu) -> type:
     return ExchangeTensor
 
 
+class CupyDevice:
+    """A device of CuPy: a context in which it is current."""
+
+    current = 0
+
+    def __init__(self, number: int) -> None:
+        self.id = number
+
+    def __enter__(self) -> None:
+        self.earlier, CupyDevice.current = CupyDevice.current, self.id
+
+    def __exit__(self, *error: object) -> None:
+        CupyDevice.current = self.earlier
+
+
 def interface_tensor_class(gpu: ShimGpu) -> type:
     class InterfaceTensor(TensorFacts):
         """As CuPy's arrays."""
@@ -107,7 +122,7 @@ def interface_tensor_class(gpu: ShimGpu) -> type:
             self, address: int, like: torch.Tensor, device: int, stream: int | None = 1, **changes: Any
         ) -> None:
             self.gpu, self.address, self.like = gpu, address, like
-            self.dtype, self.device = str(like.dtype).removeprefix("torch."), SimpleNamespace(id=device)
+            self.dtype, self.device = str(like.dtype).removeprefix("torch."), CupyDevice(device)
             self.changes = {"stream": stream, **changes}
 
         @property

@@ -37,7 +37,7 @@ def make_gpu(shim: Any, way: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[S
 
 
 def empty_like_cupy(gpu: ShimGpu) -> Any:
-    return lambda shape, dtype: gpu.empty(shape, getattr(torch, dtype))
+    return lambda shape, dtype: gpu.empty(shape, getattr(torch, dtype), gpus.CupyDevice.current)
 
 
 @pytest.fixture
@@ -214,6 +214,8 @@ def calls(gpu: ShimGpu, device: int) -> dict[str, tuple[Any, dict[str, Any]]]:
         "out": gpu.empty((6, 4, 64), torch.bfloat16, device),
         "lse": gpu.empty((6, 4), torch.float32, device),
         "block_table_rows": gpu.upload(rows, device),
+        "alibi_slopes": gpu.upload(torch.zeros(4), device),
+        "sinks": gpu.upload(torch.zeros(4), device),
         "workspace": gpu.empty((1 << 20,), torch.uint8, device),
         "plan": gpu.empty((1 << 12,), torch.uint8, device),
     }
@@ -237,6 +239,12 @@ def calls(gpu: ShimGpu, device: int) -> dict[str, tuple[Any, dict[str, Any]]]:
             | step(batch),
         ),
         "reshape_and_cache": (ops.reshape_and_cache, write),
+        "merge_states": (
+            ops.merge_states,
+            {name: gpu.upload(torch.randn(3, 2, 8), device) for name in ("o_a", "o_b")}
+            | {name: gpu.upload(torch.randn(3, 2), device) for name in ("lse_a", "lse_b")}
+            | {"sinks": gpu.upload(torch.zeros(2), device)},
+        ),
         "copy_blocks": (
             ops.copy_blocks,
             {"kv": kv, "pairs": gpu.upload(torch.tensor([[1, 2]], dtype=torch.int32), device)},
@@ -258,6 +266,7 @@ OPS = (
     "paged_attention",
     "plan_attention",
     "reshape_and_cache",
+    "merge_states",
     "copy_blocks",
     "zero_blocks",
     "gather_blocks",
@@ -274,6 +283,9 @@ def test_its_own_device_and_stream(any_gpu: ShimGpu, op: str) -> None:
         gpu.shim.set_stream(0x5000)
     streams = {"exchange api": 0x5000, "array interface": 1, "attributes": 0x7001}
     function, given = calls(gpu, 1)[op]
+    for name in ("out", "lse", "workspace"):  # what an op allocates is on that device too
+        if op != "gather_blocks":
+            given.pop(name, None)
     function(**given)
     assert gpu.shim.last_device() == 1
     assert gpu.shim.current_device() == 0  # as before
@@ -295,7 +307,14 @@ def test_one_device_for_all(gpu: ShimGpu, op: str) -> None:
             with pytest.raises(InvalidArgumentError, match=r"expected a tensor on .* \(as \w+ is\)") as caught:
                 function(**{**given, name: stranger})
             message = str(caught.value)
-            if name not in ("query", "seq_lens", "key", "kv", "table"):  # the first one of a call is what others follow
+            if name not in (
+                "query",
+                "seq_lens",
+                "key",
+                "kv",
+                "table",
+                "o_a",
+            ):  # the first one of a call is what others follow
                 assert message.startswith(f"{name}: expected a tensor on cuda:0")
                 assert message.endswith(f"got one on {where}")
             else:
