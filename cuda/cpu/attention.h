@@ -54,14 +54,43 @@ PAGEDCORE_FN void load_upto_chunk(const T* p, int n, Vec& a, Vec& b) {
   }
 }
 
-// A query row as floats in chunk order, zero-padded to whole chunks.
+// A cache of codes: its elements have another type than the query's, and their chunks are in order.
 template <class T>
-PAGEDCORE_FN void stage_row(const T* row, int dim, float* staged) {
-  for (int d = 0; d < dim; d += kChunk) {
-    Vec a, b;
-    load_upto_chunk(row + d, dim - d, a, b);
-    store(staged + d, a);
-    store(staged + d + kLanes, b);
+constexpr bool kQuantised = false;
+template <>
+constexpr bool kQuantised<e4m3> = true;
+
+template <class T>
+PAGEDCORE_FN const T* query_row(const AttentionParams& p, int64_t token, int64_t head) {
+  return static_cast<const T*>(p.query) + token * p.query_token_stride + head * p.query_head_stride;
+}
+
+template <class T>
+PAGEDCORE_FN void copy_in_order(const T* row, int dim, float* to) {
+  for (int d = 0; d < dim; ++d) to[d] = to_float(row[d]);
+  for (int d = dim; d < round_up_chunk(dim); ++d) to[d] = 0.0f;
+}
+
+// A query row of any type as floats in order, zero-padded to whole chunks.
+PAGEDCORE_FN void stage_in_order(const AttentionParams& p, int64_t token, int64_t head, float* staged) {
+  if (p.dtype == DType::f32) return copy_in_order(query_row<float>(p, token, head), p.head_dim, staged);
+  if (p.dtype == DType::f16) return copy_in_order(query_row<f16>(p, token, head), p.head_dim, staged);
+  copy_in_order(query_row<bf16>(p, token, head), p.head_dim, staged);
+}
+
+// A query row as floats in the chunk order of T, zero-padded to whole chunks.
+template <class T>
+PAGEDCORE_FN void stage_row(const AttentionParams& p, int64_t token, int64_t head, float* staged) {
+  if constexpr (kQuantised<T>) {
+    stage_in_order(p, token, head, staged);
+  } else {
+    const T* row = query_row<T>(p, token, head);
+    for (int d = 0; d < p.head_dim; d += kChunk) {
+      Vec a, b;
+      load_upto_chunk(row + d, p.head_dim - d, a, b);
+      store(staged + d, a);
+      store(staged + d + kLanes, b);
+    }
   }
 }
 
@@ -137,6 +166,8 @@ PAGEDCORE_FN float softmax_step(float* scores, int count, int64_t first, int64_t
 
 }  // namespace pagedcore::cpu::PAGEDCORE_ISA
 
+#include "tile.h"
+
 #include "packed.h"
 #include "probe.h"
 #include "stream.h"
@@ -169,8 +200,9 @@ static void attend(const AttentionParams& p, const WorkItem& item, int64_t key_b
   }
   __builtin_memset(state.o, 0, static_cast<unsigned long>(rows * state.stride) * sizeof(float));
 #ifdef PAGEDCORE_DPBF16
-  if (p.dtype != DType::bf16) return avx512::table.attend(p, item, key_begin, key_end, state, scratch);
+  if (p.kv_dtype != DType::bf16) return avx512::table.attend(p, item, key_begin, key_end, state, scratch);
 #else
+  if (p.kv_dtype == DType::e4m3) return attend_as<e4m3>(p, item, key_begin, key_end, state, scratch);
   if (p.dtype == DType::f32) return attend_as<float>(p, item, key_begin, key_end, state, scratch);
   if (p.dtype == DType::f16) return attend_as<f16>(p, item, key_begin, key_end, state, scratch);
 #endif
@@ -190,7 +222,17 @@ static void fold(State into, State other, int64_t rows) {
   }
 }
 
+// A chunk that is in order, or its first n elements.
 template <class T>
+PAGEDCORE_FN void store_in_order(T* p, int n, Vec a, Vec b) {
+  float whole[kChunk];
+  store(whole, a);
+  store(whole + kLanes, b);
+  for (int i = 0; i < n && i < kChunk; ++i) from_float(whole[i], p[i]);
+}
+
+// kInOrder: o is, as a quantised cache leaves it, and not in the chunk order of T.
+template <class T, bool kInOrder>
 static void finish_rows(const AttentionParams& p, const WorkItem& item, State state) {
   const int group = p.num_heads / p.num_kv_heads;
   int64_t row = 0;
@@ -207,7 +249,9 @@ static void finish_rows(const AttentionParams& p, const WorkItem& item, State st
         T* out = static_cast<T*>(p.out) + token * p.out_token_stride + query_head * p.out_head_stride;
         for (int d = 0; d < p.v_head_dim; d += kChunk) {
           const Vec a = mul(inverse, load(o + d)), b = mul(inverse, load(o + d + kLanes));
-          if (p.v_head_dim - d >= kChunk) {
+          if constexpr (kInOrder) {
+            store_in_order(out + d, p.v_head_dim - d, a, b);
+          } else if (p.v_head_dim - d >= kChunk) {
             store_chunk(out + d, a, b);
           } else {
             store_partial_chunk(out + d, p.v_head_dim - d, a, b);
@@ -219,14 +263,21 @@ static void finish_rows(const AttentionParams& p, const WorkItem& item, State st
   }
 }
 
+template <bool kInOrder>
+static void finish_as(const AttentionParams& p, const WorkItem& item, State state) {
+  if (p.dtype == DType::f32) return finish_rows<float, kInOrder>(p, item, state);
+  if (p.dtype == DType::f16) return finish_rows<f16, kInOrder>(p, item, state);
+  finish_rows<bf16, kInOrder>(p, item, state);
+}
+
 static void finish(const AttentionParams& p, const WorkItem& item, State state) {
 #ifdef PAGEDCORE_DPBF16
-  if (p.dtype != DType::bf16) return avx512::table.finish(p, item, state);
+  if (p.kv_dtype != DType::bf16) return avx512::table.finish(p, item, state);
+  finish_rows<bf16, false>(p, item, state);
 #else
-  if (p.dtype == DType::f32) return finish_rows<float>(p, item, state);
-  if (p.dtype == DType::f16) return finish_rows<f16>(p, item, state);
+  if (p.kv_dtype == DType::e4m3) return finish_as<true>(p, item, state);
+  finish_as<false>(p, item, state);
 #endif
-  finish_rows<bf16>(p, item, state);
 }
 
 #define PAGEDCORE_STRING_(x) #x

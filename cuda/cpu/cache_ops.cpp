@@ -1,4 +1,4 @@
-// Ops that move KV data without looking at it.
+// Ops that move KV data, and look at it only to quantise it.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -6,6 +6,7 @@
 
 #include "cpu.h"
 #include "errors.h"
+#include "pagedcore/quantise.h"
 #include "threads.h"
 
 namespace pagedcore::cpu {
@@ -41,6 +42,46 @@ void write_side(const CacheWriteParams& p, const char* source, int64_t token_str
   for (int32_t head = 0; head < p.num_kv_heads; ++head) {
     std::memcpy(to + head * pages.head_stride * size, from + head * head_stride * size, static_cast<size_t>(bytes));
   }
+}
+
+template <class T>
+void quantise_row(const T* from, int64_t count, float* scale, bool make_scale, e4m3* to) {
+  if (make_scale) {
+    float most = 0.0f;
+    for (int64_t d = 0; d < count; ++d) most = absolute_max(most, to_float(from[d]));
+    *scale = row_scale(most);
+  }
+  const float factor = scale ? *scale : 1.0f;
+  for (int64_t d = 0; d < count; ++d) to[d] = quantise(to_float(from[d]), factor);
+}
+
+// All heads of a token, as codes.
+template <class T>
+void quantise_side(const CacheWriteParams& p, const void* source, int64_t token_stride, int64_t head_stride,
+                   const Pages& pages, const Scales& scales, bool make_scale, int64_t bytes, int64_t token,
+                   int64_t block, int64_t offset) {
+  const T* from = static_cast<const T*>(source) + token * token_stride;
+  e4m3* to = static_cast<e4m3*>(pages.data) + block * pages.block_stride + offset * pages.token_stride;
+  float* scale = scales.data ? scales.data + block * scales.block_stride + offset * scales.token_stride : nullptr;
+  for (int32_t head = 0; head < p.num_kv_heads; ++head) {
+    quantise_row(from + head * head_stride, bytes / p.element_size, scale ? scale + head * scales.head_stride : nullptr,
+                 make_scale, to + head * pages.head_stride);
+  }
+}
+
+template <class T>
+void quantise_token(const CacheWriteParams& p, int64_t token, int64_t block, int64_t offset) {
+  quantise_side<T>(p, p.key, p.key_token_stride, p.key_head_stride, p.k, p.k_scale, p.makes_k_scale, p.key_bytes, token,
+                   block, offset);
+  quantise_side<T>(p, p.value, p.value_token_stride, p.value_head_stride, p.v, p.v_scale, p.makes_v_scale,
+                   p.value_bytes, token, block, offset);
+}
+
+void copy_token(const CacheWriteParams& p, int64_t token, int64_t block, int64_t offset) {
+  write_side(p, static_cast<const char*>(p.key), p.key_token_stride, p.key_head_stride, p.k, p.key_bytes, token, block,
+             offset);
+  write_side(p, static_cast<const char*>(p.value), p.value_token_stride, p.value_head_stride, p.v, p.value_bytes, token,
+             block, offset);
 }
 
 void check_blocks(const char* name, const int32_t* blocks, int64_t count, int64_t columns, int64_t num_blocks) {
@@ -118,16 +159,17 @@ void reshape_and_cache(const CacheWriteParams& p, int64_t num_blocks, int num_th
                             " blocks of " + std::to_string(p.block_size) + " tokens), or negative for padding",
                         std::to_string(slot));
   }
+  const auto write = p.kv_dtype == p.dtype   ? copy_token
+                     : p.dtype == DType::f32 ? quantise_token<float>
+                     : p.dtype == DType::f16 ? quantise_token<f16>
+                                             : quantise_token<bf16>;
   const int shares = useful_threads(num_threads, p.num_tokens * p.num_kv_heads * (p.key_bytes + p.value_bytes));
   parallel_shares(shares, [&](int share) {
     for (int64_t token = 0; token < p.num_tokens; ++token) {
       const int64_t slot = p.slot_mapping[token];
       if (slot < 0 || share_of(slot, shares) != share) continue;
       const int64_t block = slot / p.block_size, offset = slot % p.block_size;
-      write_side(p, static_cast<const char*>(p.key), p.key_token_stride, p.key_head_stride, p.k, p.key_bytes, token,
-                 block, offset);
-      write_side(p, static_cast<const char*>(p.value), p.value_token_stride, p.value_head_stride, p.v, p.value_bytes,
-                 token, block, offset);
+      write(p, token, block, offset);
     }
   });
 }

@@ -61,14 +61,22 @@ PAGEDCORE_FN MultiplyTile multiply_tile_for(int rows) {
 
 // K of one head's tile as columns: to[d * kPackedTile + t], in chunk order along d; columns past `count` repeat a real
 // one and are masked later.
+// With `scales`, one a token, what is packed are the codes' values.
 template <class T>
-static void pack_keys(const T* k, const int64_t* offsets, int count, int dim, float* to) {
+static void pack_keys(const T* k, const int64_t* offsets, const float* scales, int count, int dim, float* to) {
   for (int t = 0; t < count; t += kLanes) {
     const T* rows[kLanes];
     for (int i = 0; i < kLanes; ++i) rows[i] = k + offsets[t + i < count ? t + i : count - 1];
     for (int d = 0; d < dim; d += kChunk) {
       Vec a[kLanes], b[kLanes];
       for (int i = 0; i < kLanes; ++i) load_upto_chunk(rows[i] + d, dim - d, a[i], b[i]);
+      if constexpr (kQuantised<T>) {
+        for (int i = 0; i < kLanes; ++i) {
+          const Vec scale = set1(scales[t + i < count ? t + i : count - 1]);
+          a[i] = mul(scale, a[i]);
+          b[i] = mul(scale, b[i]);
+        }
+      }
       transpose(a);
       transpose(b);
       for (int i = 0; i < kLanes; ++i) {
@@ -80,12 +88,17 @@ static void pack_keys(const T* k, const int64_t* offsets, int count, int dim, fl
 }
 
 template <class T>
-static void pack_values(const T* v, const int64_t* offsets, int count, int dim, int stride, float* to) {
+static void pack_values(const T* v, const int64_t* offsets, const float* scales, int count, int dim, int stride,
+                        float* to) {
   for (int t = 0; t < count; ++t) {
     const T* row = v + offsets[t];
     for (int d = 0; d < dim; d += kChunk) {
       Vec a, b;
       load_upto_chunk(row + d, dim - d, a, b);
+      if constexpr (kQuantised<T>) {
+        a = mul(set1(scales[t]), a);
+        b = mul(set1(scales[t]), b);
+      }
       store(to + t * stride + d, a);
       store(to + t * stride + d + kLanes, b);
     }
@@ -113,16 +126,22 @@ static void attend_packed(const AttentionParams& p, const WorkItem& item, int64_
   for (int row = 0; row < rows; ++row) {
     const int64_t token = query_start + item.query_begin + row / group;
     const int64_t head = static_cast<int64_t>(item.head_begin) * group + row % group;
-    stage_row(static_cast<const T*>(p.query) + token * p.query_token_stride + head * p.query_head_stride, p.head_dim,
-              q + static_cast<int64_t>(row) * q_stride);
+    stage_row<T>(p, token, head, q + static_cast<int64_t>(row) * q_stride);
   }
 
   int64_t k_offsets[kPackedTile], v_offsets[kPackedTile];
+  TileScales scales;
+  static_assert(kPackedTile == kTile, "both kernels have scales of as many tokens");
   for (int64_t begin = key_begin; begin < key_end; begin += kPackedTile) {
     const int count = static_cast<int>(key_end - begin < kPackedTile ? key_end - begin : kPackedTile);
+    if constexpr (kQuantised<T>) {
+      scale_offsets(p, table, begin, count, k_offsets, v_offsets);
+      gather_scales(p.k_scale, item.head_begin, k_offsets, count, scales.k);
+      gather_scales(p.v_scale, item.head_begin, v_offsets, count, scales.v);
+    }
     token_offsets(p, table, begin, count, k_offsets, v_offsets);
-    pack_keys(k_head, k_offsets, count, p.head_dim, keys);
-    pack_values(v_head, v_offsets, count, p.v_head_dim, v_stride, values);
+    pack_keys(k_head, k_offsets, scales.k, count, p.head_dim, keys);
+    pack_values(v_head, v_offsets, scales.v, count, p.v_head_dim, v_stride, values);
     for (int row = 0; row < rows; row += kMicroRows) {
       const int block_rows = rows - row < kMicroRows ? rows - row : kMicroRows;
       KeyRange seen = visible_keys(p, seq_len, query_len, item.query_begin + row / group,

@@ -28,16 +28,22 @@ PAGEDCORE_FN void load_partial_operand(const T* p, int n, DotOperand<T>& x) {
   load_operand(whole, x);
 }
 
+// One query row as the product with keys of type T takes it.
 template <class T>
-PAGEDCORE_FN void stage_query(const T* row, int dim, float* staged) {
-  for (int d = 0; d < dim; d += kChunk) {
-    DotOperand<T> x;
-    if (dim - d >= kChunk) {
-      load_operand(row + d, x);
-    } else {
-      load_partial_operand(row + d, dim - d, x);
+PAGEDCORE_FN void stage_query(const AttentionParams& p, int64_t token, int64_t head, float* staged) {
+  if constexpr (kQuantised<T>) {
+    stage_in_order(p, token, head, staged);
+  } else {
+    const T* row = query_row<T>(p, token, head);
+    for (int d = 0; d < p.head_dim; d += kChunk) {
+      DotOperand<T> x;
+      if (p.head_dim - d >= kChunk) {
+        load_operand(row + d, x);
+      } else {
+        load_partial_operand(row + d, p.head_dim - d, x);
+      }
+      stage_operand(staged + d, x);
     }
-    stage_operand(staged + d, x);
   }
 }
 
@@ -90,13 +96,16 @@ struct RowPlace {
 // are equal and common, so that loops over a row are unrolled; 0: as the arguments say.
 template <class T, int R, int D>
 static void stream_group(const float* q, int64_t q_stride, const T* k, const T* v, const TileOffsets& tile,
-                         int64_t tile_begin, const RowPlace* rows, int any_dim, int any_v_dim, const Scoring& scoring,
-                         const float* slopes, float* m, float* l, float* w, float* o, int64_t o_stride,
-                         const Ahead<T>& k_ahead, const Ahead<T>& v_ahead) {
+                         const TileScales& scales, int64_t tile_begin, const RowPlace* rows, int any_dim, int any_v_dim,
+                         const Scoring& scoring, const float* slopes, float* m, float* l, float* w, float* o,
+                         int64_t o_stride, const Ahead<T>& k_ahead, const Ahead<T>& v_ahead) {
   const int dim = D ? D : any_dim, v_dim = D ? D : any_v_dim;
   alignas(64) float scores[kRowGroup * kTile];
   float alpha[R];
   stream_scores<T, R>(q, q_stride, k, tile, dim, scores, k_ahead);
+  if constexpr (kQuantised<T>) {
+    for (int r = 0; r < R; ++r) multiply_scales(scores + r * kTile, scales.k, tile.count);
+  }
   if (!scoring.plain) {
     for (int r = 0; r < R; ++r) {
       shape_scores(scoring.rule, slopes[r], rows[r].position - tile_begin, scores + r * kTile, tile.count);
@@ -106,13 +115,16 @@ static void stream_group(const float* q, int64_t q_stride, const T* k, const T* 
     alpha[r] = softmax_step(scores + r * kTile, tile.count, rows[r].visible.begin - tile_begin,
                             rows[r].visible.end - tile_begin, scoring.left, m[r], l[r]);
   }
+  if constexpr (kQuantised<T>) {
+    for (int r = 0; r < R; ++r) multiply_scales(scores + r * kTile, scales.v, tile.count);
+  }
   add_values<R>(scores, alpha, v, tile, v_dim, l, w, o, o_stride, v_ahead);
 }
 
 template <class T>
-using StreamGroup = void (*)(const float*, int64_t, const T*, const T*, const TileOffsets&, int64_t, const RowPlace*,
-                             int, int, const Scoring&, const float*, float*, float*, float*, float*, int64_t,
-                             const Ahead<T>&, const Ahead<T>&);
+using StreamGroup = void (*)(const float*, int64_t, const T*, const T*, const TileOffsets&, const TileScales&, int64_t,
+                             const RowPlace*, int, int, const Scoring&, const float*, float*, float*, float*, float*,
+                             int64_t, const Ahead<T>&, const Ahead<T>&);
 
 template <class T, int D>
 PAGEDCORE_FN StreamGroup<T> stream_group_of(int rows) {
@@ -161,9 +173,8 @@ static void attend_stream(const AttentionParams& p, const WorkItem& item, int64_
     for (int row = 0; row < rows; ++row) {
       const int64_t token = query_start + item.query_begin + row / group;
       const int64_t query_head = static_cast<int64_t>(item.head_begin + head) * group + row % group;
-      const T* q = static_cast<const T*>(p.query) + token * p.query_token_stride + query_head * p.query_head_stride;
       const int64_t at = static_cast<int64_t>(head) * rows + row;
-      stage_query(q, p.head_dim, q_staged + at * q_stride);
+      stage_query<T>(p, token, query_head, q_staged + at * q_stride);
       slopes[at] = p.alibi_slopes ? alibi_slope(p, query_head) : 0.0f;
     }
   }
@@ -171,6 +182,7 @@ static void attend_stream(const AttentionParams& p, const WorkItem& item, int64_
   const T* k_base = static_cast<const T*>(p.k.data);
   const T* v_base = static_cast<const T*>(p.v.data);
   TileOffsets tiles[2];
+  TileScales scales;
   fill_offsets(p, table, key_begin, key_end, tiles[0]);
   int current = 0;
   for (int64_t begin = key_begin; begin < key_end; begin += kTile, current ^= 1) {
@@ -187,9 +199,13 @@ static void attend_stream(const AttentionParams& p, const WorkItem& item, int64_
       Ahead<T> v_ahead{v_base + next_head * p.v.head_stride, next_tile ? next_tile->v : nullptr};
       const T* k = k_base + kv_head * p.k.head_stride;
       const T* v = v_base + kv_head * p.v.head_stride;
+      if constexpr (kQuantised<T>) {
+        gather_scales(p.k_scale, item.head_begin + head, tile.k_scale, tile.count, scales.k);
+        gather_scales(p.v_scale, item.head_begin + head, tile.v_scale, tile.count, scales.v);
+      }
       for (int row = 0; row < rows; row += kRowGroup) {
         const int64_t at = static_cast<int64_t>(head) * rows + row;
-        groups[row / kRowGroup](q_staged + at * q_stride, q_stride, k, v, tile, begin, places + row, p.head_dim,
+        groups[row / kRowGroup](q_staged + at * q_stride, q_stride, k, v, tile, scales, begin, places + row, p.head_dim,
                                 p.v_head_dim, scoring, slopes + at, state.m + at, state.l + at, state.w + at,
                                 state.o + at * state.stride, state.stride, k_ahead, v_ahead);
         k_ahead.offsets = v_ahead.offsets = nullptr;  // asked for once

@@ -1,6 +1,6 @@
 // Attention over paged KV, the plain way: every dtype, head size up to 256, V narrower or wider than K, any stride, any
-// block size, causal or not, sliding window, soft cap, ALiBi, sinks. It is the fallback of the tiled kernels and their
-// oracle on the device.
+// block size, causal or not, sliding window, soft cap, ALiBi, sinks, and a cache of codes. It is the fallback of the
+// tiled kernels and their oracle on the device.
 //
 // Cut: a warp has one row, that is one query token of one head; the grid strides over all rows. A row's keys go by in
 // chunks of 32, a key per lane: the lane makes the whole dot product, the warp agrees on the chunk's maximum, and then
@@ -8,6 +8,8 @@
 // Bytes: K and V of a sequence are read once per query row, with no reuse between the heads of a group. K is read by
 // rows, a lane each, so an access of the warp touches 32 cache lines.
 // Shared memory: head_dim floats of Q a warp.
+#include <type_traits>
+
 #include "gpu.h"
 #include "page_of_key.h"
 #include "pagedcore/device.h"
@@ -39,7 +41,14 @@ PAGEDCORE_DEVICE int sequence_of(const AttentionParams& p, int64_t token) {
   return low;
 }
 
-template <class T>
+// The scale of a key's row of codes.
+PAGEDCORE_DEVICE float scale_at(const Scales& scales, int64_t block, int kv_head, int slot) {
+  if (scales.data == nullptr) return 1.0f;
+  return scales.data[block * scales.block_stride + kv_head * scales.head_stride + slot * scales.token_stride];
+}
+
+// T: of query and output; C: of the cache, T or a code.
+template <class T, class C>
 PAGEDCORE_DEVICE void attend_row(const AttentionParams& p, int64_t token, int head, float* q) {
   const int lane = lane_id();
   const bool padding = token >= p.query_start_loc[p.num_seqs];  // nobody's: it sees nothing
@@ -72,20 +81,24 @@ PAGEDCORE_DEVICE void attend_row(const AttentionParams& p, int64_t token, int he
       slot = static_cast<int>(key % p.block_size);
     }
     if (block >= 0) {
-      const T* k = static_cast<const T*>(p.k.data) + block * p.k.block_stride + kv_head * p.k.head_stride +
+      const C* k = static_cast<const C*>(p.k.data) + block * p.k.block_stride + kv_head * p.k.head_stride +
                    slot * p.k.token_stride;
       score = 0.0f;
       for (int d = 0; d < p.head_dim; ++d) score = fmaf(q[d], to_float(k[d]), score);
+      if constexpr (std::is_same_v<C, e4m3>) score *= scale_at(p.k_scale, block, kv_head, slot);
       score *= rule.factor;
       if (rule.cap != 0.0f) score = rule.cap * tanh_of(score);
       if (slope != 0.0f) score = fmaf(-slope, fabsf(static_cast<float>(position - key)), score);
     }
     const float m_new = max_of(m, reduce_max(score));
     const float reference = finite_max(m_new);
-    const float weight = exp2_approx(score - reference);
+    float weight = exp2_approx(score - reference);
     const float rescale = exp2_approx(m - reference);
     l = l * rescale + reduce_sum(weight);
     m = m_new;
+    if constexpr (std::is_same_v<C, e4m3>) {
+      if (block >= 0) weight *= scale_at(p.v_scale, block, kv_head, slot);
+    }
     for (int i = 0; i < kColumns; ++i) o[i] *= rescale;
 
     const int count = static_cast<int>(keys.end - first < kWarpSize ? keys.end - first : kWarpSize);
@@ -94,7 +107,7 @@ PAGEDCORE_DEVICE void attend_row(const AttentionParams& p, int64_t token, int he
       const int key_slot = shuffle(slot, j);
       const float key_weight = shuffle(weight, j);
       if (key_block < 0) continue;
-      const T* v = static_cast<const T*>(p.v.data) + key_block * p.v.block_stride + kv_head * p.v.head_stride +
+      const C* v = static_cast<const C*>(p.v.data) + key_block * p.v.block_stride + kv_head * p.v.head_stride +
                    key_slot * p.v.token_stride;
       for (int i = 0; i < kColumns; ++i) {
         const int d = i * kWarpSize + lane;
@@ -115,29 +128,38 @@ PAGEDCORE_DEVICE void attend_row(const AttentionParams& p, int64_t token, int he
   sync_warp();  // q is written again
 }
 
-template <class T>
+template <class T, class C>
 PAGEDCORE_KERNEL(kWarps* kWarpSize, 1)
 attention_kernel(const AttentionParams p) {
   float* q = reinterpret_cast<float*>(shared_memory()) + warp_id() * p.head_dim;
   const int64_t rows = p.num_tokens * p.num_heads;
   for (int64_t row = int64_t{block_x()} * kWarps + warp_id(); row < rows; row += int64_t{grid_x()} * kWarps) {
-    attend_row<T>(p, row / p.num_heads, static_cast<int>(row % p.num_heads), q);
+    attend_row<T, C>(p, row / p.num_heads, static_cast<int>(row % p.num_heads), q);
   }
+}
+
+template <class T, class C>
+void run(const AttentionParams& p, Stream stream) {
+  const int64_t blocks = (p.num_tokens * p.num_heads + kWarps - 1) / kWarps;
+  launch(attention_kernel<T, C>, static_cast<int>(blocks < kMaxBlocks ? blocks : kMaxBlocks), 1, 1, kWarps * kWarpSize,
+         static_cast<size_t>(kWarps * p.head_dim) * sizeof(float), stream, p);
 }
 
 template <class T>
 void run(const AttentionParams& p, Stream stream) {
-  const int64_t blocks = (p.num_tokens * p.num_heads + kWarps - 1) / kWarps;
-  launch(attention_kernel<T>, static_cast<int>(blocks < kMaxBlocks ? blocks : kMaxBlocks), 1, 1, kWarps * kWarpSize,
-         static_cast<size_t>(kWarps * p.head_dim) * sizeof(float), stream, p);
+  if (p.kv_dtype == DType::e4m3) return run<T, e4m3>(p, stream);
+  run<T, T>(p, stream);
 }
 
 }  // namespace
 
 void load_attention_generic() {
-  load(attention_kernel<float>);
-  load(attention_kernel<f16>);
-  load(attention_kernel<bf16>);
+  load(attention_kernel<float, float>);
+  load(attention_kernel<f16, f16>);
+  load(attention_kernel<bf16, bf16>);
+  load(attention_kernel<float, e4m3>);
+  load(attention_kernel<f16, e4m3>);
+  load(attention_kernel<bf16, e4m3>);
 }
 
 void attention_generic(const AttentionParams& p, Stream stream) {

@@ -7,6 +7,7 @@
 #include "gpu.h"
 
 #include "pagedcore/device.h"
+#include "quantise.h"
 #include "report.h"
 
 namespace pagedcore::gpu {
@@ -185,6 +186,7 @@ void load_cache_ops() {
 
 void reshape_and_cache(const CacheWriteParams& p, int64_t num_blocks, Stream stream) {
   if (p.num_tokens == 0) return;
+  if (p.kv_dtype != p.dtype) return quantise_and_cache(p, num_blocks, stream);
   const WriteParams params{p, num_blocks};
   const int grid = grid_for((p.num_tokens * p.num_kv_heads + kThreads / kWarpSize - 1) / (kThreads / kWarpSize));
   const auto run = [&](auto kernel) { launch(kernel, grid, 1, 1, kThreads, 0, stream, params); };

@@ -34,6 +34,7 @@ void load_attention_generic();
 void load_tiled();
 void load_cache_ops();
 void load_merge();
+void load_quantise();
 
 // Outputs over disjoint keys as one (merge.cu).
 void merge_states(const MergeParams& params, device::Stream stream);

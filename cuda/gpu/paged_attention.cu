@@ -21,6 +21,7 @@ bool on_16_bytes(const void* data, int64_t token_stride, int64_t head_stride, in
 
 const char* why_not_tiled(const AttentionParams& p) {
   if (p.dtype != DType::f16 && p.dtype != DType::bf16) return "the dtype is not float16 or bfloat16";
+  if (p.kv_dtype != p.dtype) return "the cache is quantised";
   if (p.head_dim != p.v_head_dim) return "K and V have different head sizes";
   bool known = false;
   for (const int dim : kTiledDims) known = known || p.head_dim == dim;

@@ -95,6 +95,7 @@ void warm_up() {
   load_tiled();
   load_cache_ops();
   load_merge();
+  load_quantise();
 }
 
 }  // namespace pagedcore::gpu

@@ -37,11 +37,29 @@ Pages pages(const py::dict& fields, const char* name) {
           static_cast<int64_t>(given[3])};
 }
 
+// Address and strides, as Scales has them; null where there are none.
+Scales scales(const py::dict& fields, const char* name) {
+  if (!fields.contains(name)) return {};
+  const auto given = py::cast<std::array<uintptr_t, 4>>(fields[name]);
+  return {reinterpret_cast<float*>(given[0]), static_cast<int64_t>(given[1]), static_cast<int64_t>(given[2]),
+          static_cast<int64_t>(given[3])};
+}
+
 DType dtype_of(const std::string& name) {
   if (name == "float32") return DType::f32;
   if (name == "float16") return DType::f16;
   if (name == "bfloat16") return DType::bf16;
+  if (name == "float8_e4m3fn") return DType::e4m3;
   throw py::value_error("dtype " + name);
+}
+
+// dtype, and kv_dtype where it is another; and the scales of codes.
+template <class Params>
+void set_dtypes(Params& p, const py::dict& fields) {
+  p.dtype = dtype_of(py::cast<std::string>(fields["dtype"]));
+  p.kv_dtype = fields.contains("kv_dtype") ? dtype_of(py::cast<std::string>(fields["kv_dtype"])) : p.dtype;
+  p.k_scale = scales(fields, "k_scale");
+  p.v_scale = scales(fields, "v_scale");
 }
 
 AttentionParams attention_params(const py::dict& fields) {
@@ -83,7 +101,7 @@ AttentionParams attention_params(const py::dict& fields) {
   PAGEDCORE_FIELD(softcap);
   PAGEDCORE_FIELD(causal);
 #undef PAGEDCORE_FIELD
-  p.dtype = dtype_of(py::cast<std::string>(fields["dtype"]));
+  set_dtypes(p, fields);
   return p;
 }
 
@@ -134,7 +152,10 @@ void reshape_and_cache(const py::dict& fields) {
   PAGEDCORE_FIELD(key_bytes);
   PAGEDCORE_FIELD(value_bytes);
   PAGEDCORE_FIELD(element_size);
+  PAGEDCORE_FIELD(makes_k_scale);
+  PAGEDCORE_FIELD(makes_v_scale);
 #undef PAGEDCORE_FIELD
+  if (fields.contains("dtype")) set_dtypes(p, fields);
   gpu::reshape_and_cache(p, py::cast<int64_t>(fields["num_blocks"]), nullptr);
 }
 

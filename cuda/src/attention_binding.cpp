@@ -85,6 +85,8 @@ constexpr Signature kPagedAttention{
     "softcap",
     "alibi_slopes",
     "sinks",
+    "k_scale",
+    "v_scale",
     "max_query_len",
     "max_seq_len",
     "block_table_rows",
@@ -96,8 +98,8 @@ constexpr Signature kPagedAttention{
 
 void paged_attention(const Arguments<kPagedAttention.count>& arguments) {
   const auto& [query, k_cache, v_cache, block_table, seq_lens, query_start_loc, out, lse, scale, causal, window,
-               softcap, alibi_slopes, sinks, max_query_len, max_seq_len, block_table_rows, split_size, plan, workspace,
-               num_threads] = arguments;
+               softcap, alibi_slopes, sinks, k_scale, v_scale, max_query_len, max_seq_len, block_table_rows, split_size,
+               plan, workspace, num_threads] = arguments;
   // Scalars first: their conversion may run Python code, and tensors are only borrowed.
   AttentionParams p{};
   const auto given_scale = optional_float("scale", scale);
@@ -113,8 +115,9 @@ void paged_attention(const Arguments<kPagedAttention.count>& arguments) {
   const Tensor q("query", query), k("k_cache", k_cache), v("v_cache", v_cache), table("block_table", block_table),
       lens("seq_lens", seq_lens), loc("query_start_loc", query_start_loc), o("out", out);
   require_dtype(q, kFloats);
-  require_same_dtype(k, q);
-  require_same_dtype(v, q);
+  p.kv_dtype = require_caches(k, v, q);
+  const ScalesArgument k_scales("k_scale", k_scale, p.kv_dtype), v_scales("v_scale", v_scale, p.kv_dtype);
+  const Tensor *const ks = k_scales.get(), *const vs = v_scales.get();
   require_same_dtype(o, q);
   require_dtype(table, {DType::i32});
   require_dtype(lens, {DType::i32});
@@ -142,8 +145,10 @@ void paged_attention(const Arguments<kPagedAttention.count>& arguments) {
   const Tensor* const slopes =
       optional_tensor(slopes_tensor, "alibi_slopes", alibi_slopes, DType::f32, Axis::num_heads);
   const Tensor* const sink_logits = optional_tensor(sinks_tensor, "sinks", sinks, DType::f32, Axis::num_heads);
+  p.k_scale = k_scales.scales(sizes);
+  p.v_scale = v_scales.scales(sizes);
   require_writable(o);
-  require_disjoint(o, {&q, &k, &v, &table, &lens, &loc, rows, slopes, sink_logits});
+  require_disjoint(o, {&q, &k, &v, &table, &lens, &loc, rows, slopes, sink_logits, ks, vs});
 
   p.dtype = q.dtype;
   p.num_tokens = sizes[Axis::num_tokens];
@@ -192,18 +197,18 @@ void paged_attention(const Arguments<kPagedAttention.count>& arguments) {
       sizes.match(t, {Axis::num_tokens, Axis::num_heads});
     }
     require_writable(t);
-    require_disjoint(t, {&q, &k, &v, &o, &table, &lens, &loc, rows, slopes, sink_logits});
+    require_disjoint(t, {&q, &k, &v, &o, &table, &lens, &loc, rows, slopes, sink_logits, ks, vs});
     p.lse = t.as<float>();
   }
 
   const Tensor* const own_plan = given(plan) ? &plan_tensor.emplace("plan", plan) : nullptr;
   const Tensor* const own_workspace = given(workspace) ? &workspace_tensor.emplace("workspace", workspace) : nullptr;
   for (const Tensor* memory : {own_plan, own_workspace}) {
-    if (memory) require_disjoint(*memory, {&q, &k, &v, &o, &table, &lens, &loc, rows, slopes, sink_logits});
+    if (memory) require_disjoint(*memory, {&q, &k, &v, &o, &table, &lens, &loc, rows, slopes, sink_logits, ks, vs});
   }
   if (own_plan && own_workspace) require_disjoint(*own_plan, {own_workspace});
   const Device device = require_one_device({&q, &k, &v, &table, &lens, &loc, &o, lse_tensor ? &*lse_tensor : nullptr,
-                                            rows, slopes, sink_logits, own_plan, own_workspace});
+                                            rows, slopes, sink_logits, ks, vs, own_plan, own_workspace});
 
   const double factor = given_scale.value_or(1.0 / std::sqrt(static_cast<double>(p.head_dim)));
   if (!std::isfinite(factor) || !std::isfinite(static_cast<float>(factor)))
@@ -239,7 +244,7 @@ struct PlanShape {
     p.num_seqs = static_cast<int32_t>(num_seqs);
     p.num_tokens = at_least(0, "num_tokens", num_tokens);
     p.max_query_len = std::min(at_least(0, "max_query_len", max_query_len), num_tokens);
-    p.dtype = dtype;
+    p.dtype = p.kv_dtype = dtype;
   }
 };
 
@@ -325,9 +330,9 @@ void define_attention(py::module_& m) {
 PyMethodDef attention_methods[] = {
     PAGEDCORE_METHOD(paged_attention, kPagedAttention,
                      "(query, k_cache, v_cache, block_table, seq_lens, query_start_loc, out, lse=None, *, scale=None, "
-                     "causal=True, window=None, softcap=0.0, alibi_slopes=None, sinks=None, max_query_len=None, "
-                     "max_seq_len=None, block_table_rows=None, "
-                     "split_size=None, plan=None, workspace=None, num_threads=None)"),
+                     "causal=True, window=None, softcap=0.0, alibi_slopes=None, sinks=None, k_scale=None, "
+                     "v_scale=None, max_query_len=None, max_seq_len=None, block_table_rows=None, split_size=None, "
+                     "plan=None, workspace=None, num_threads=None)"),
     PAGEDCORE_METHOD(plan_attention, kPlanAttention,
                      "(seq_lens, query_start_loc, out, *, num_heads, num_kv_heads, head_dim, v_head_dim, num_tokens, "
                      "max_query_len, dtype, window=None, causal=True, split_size=None)"),

@@ -50,4 +50,37 @@ void require_isa() {
   }
 }
 
+DType require_caches(const Tensor& k, const Tensor& v, const Tensor& rows) {
+  const auto quantised = [](const Tensor& t) { return t.dtype == DType::u8 || t.dtype == DType::e4m3; };
+  if (quantised(k) && quantised(v)) return DType::e4m3;
+  require_same_dtype(k, rows);
+  require_same_dtype(v, rows);
+  return rows.dtype;
+}
+
+ScalesArgument::ScalesArgument(const char* name, PyObject* value, DType kv_dtype) {
+  if (!given(value)) return;
+  if (kv_dtype != DType::e4m3) {
+    throw ArgumentError(Fault::unsupported, name, "None for a cache that is not quantised",
+                        std::string("scales of a cache of ") + dtype_name(kv_dtype));
+  }
+  require_dtype(tensor.emplace(name, value), {DType::f32});
+}
+
+Scales ScalesArgument::scales(Sizes& sizes) const {
+  if (!tensor) return {};
+  const Tensor& t = *tensor;
+  if (t.ndim == 1 && t.shape[0] == 1) return {t.as<float>(), 0, 0, 0};
+  if (t.ndim == 1) {
+    sizes.match(t, {Axis::num_kv_heads});
+    return {t.as<float>(), 0, t.strides[0], 0};
+  }
+  if (t.ndim != 3) {
+    refuse(t.name, "shape [1], [num_kv_heads] or [num_blocks, num_kv_heads, block_size]",
+           std::to_string(t.ndim) + " dimension(s)");
+  }
+  sizes.match(t, {Axis::num_blocks, Axis::num_kv_heads, Axis::block_size});
+  return {t.as<float>(), t.strides[0], t.strides[1], t.strides[2]};
+}
+
 }  // namespace pagedcore

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <initializer_list>
+#include <optional>
 #include <string>
 
 #include "call.h"
@@ -39,6 +40,22 @@ int64_t at_least(int64_t least, const char* argument, int64_t value);
 int32_t size32(const Tensor& tensor, const char* symbol, int64_t size, int64_t limit = INT32_MAX);
 // How many threads a CPU op runs on: num_threads, or what the runtime that the process has says.
 int threads_of(PyObject* num_threads);
+// The two caches of a call whose rows have the dtype of `rows`: of the same dtype, or both quantised (float8_e4m3fn, or
+// uint8 with the same codes). Returns the cache's.
+DType require_caches(const Tensor& k, const Tensor& v, const Tensor& rows);
+
+// k_scale or v_scale: float32 [1], [num_kv_heads] or [num_blocks, num_kv_heads, block_size].
+struct ScalesArgument {
+  ScalesArgument(const char* name, PyObject* value, DType kv_dtype);
+
+  // Unifies the sizes; those of the caches must be known.
+  Scales scales(Sizes& sizes) const;
+  bool per_token() const { return tensor && tensor->ndim == 3; }
+  const Tensor* get() const { return tensor ? &*tensor : nullptr; }
+
+  std::optional<Tensor> tensor;
+};
+
 // Chooses the instruction set at the first call that needs one.
 void require_isa();
 

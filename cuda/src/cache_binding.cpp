@@ -12,16 +12,21 @@ namespace py = pybind11;
 namespace pagedcore {
 namespace {
 
-constexpr Signature kReshapeAndCache{"reshape_and_cache", 5, 5, "key", "value", "k_cache", "v_cache", "slot_mapping",
-                                     "num_threads"};
+constexpr Signature kReshapeAndCache{
+    "reshape_and_cache", 5,         5,         "key",        "value", "k_cache", "v_cache",
+    "slot_mapping",      "k_scale", "v_scale", "num_threads"};
 
 void reshape_and_cache(const Arguments<kReshapeAndCache.count>& arguments) {
-  const auto& [new_key, new_value, k_cache, v_cache, slot_mapping, num_threads] = arguments;
+  const auto& [new_key, new_value, k_cache, v_cache, slot_mapping, k_scale, v_scale, num_threads] = arguments;
   const int threads = threads_of(num_threads);
   const Tensor key("key", new_key), value("value", new_value), k("k_cache", k_cache), v("v_cache", v_cache),
       slots("slot_mapping", slot_mapping);
   require_dtype(key, kFloats);
-  for (const Tensor* t : {&value, &k, &v}) require_same_dtype(*t, key);
+  require_same_dtype(value, key);
+  CacheWriteParams p{};
+  p.dtype = key.dtype;
+  p.kv_dtype = require_caches(k, v, key);
+  const ScalesArgument k_scales("k_scale", k_scale, p.kv_dtype), v_scales("v_scale", v_scale, p.kv_dtype);
   require_dtype(slots, {DType::i64});
   Sizes sizes;
   sizes.match(key, {Axis::num_tokens, Axis::num_kv_heads, Axis::head_dim});
@@ -33,7 +38,16 @@ void reshape_and_cache(const Arguments<kReshapeAndCache.count>& arguments) {
     require_writable(*cache);
     require_disjoint(*cache, {&key, &value, &slots});
   }
-  CacheWriteParams p{};
+  // Scales of tokens are written. They may lie between the codes, in the blocks' records.
+  p.k_scale = k_scales.scales(sizes);
+  p.v_scale = v_scales.scales(sizes);
+  p.makes_k_scale = k_scales.per_token();
+  p.makes_v_scale = v_scales.per_token();
+  for (const ScalesArgument* scales : {&k_scales, &v_scales}) {
+    if (!scales->per_token()) continue;
+    require_writable(*scales->tensor);
+    require_disjoint(*scales->tensor, {&key, &value, &slots});
+  }
   p.key = key.data;
   p.value = value.data;
   p.key_token_stride = key.strides[0];
@@ -50,7 +64,7 @@ void reshape_and_cache(const Arguments<kReshapeAndCache.count>& arguments) {
   p.key_bytes = sizes[Axis::head_dim] * p.element_size;
   p.value_bytes = sizes[Axis::v_head_dim] * p.element_size;
   const int64_t num_blocks = sizes[Axis::num_blocks];
-  if (require_one_device({&key, &value, &k, &v, &slots}).cuda) {
+  if (require_one_device({&key, &value, &k, &v, &slots, k_scales.get(), v_scales.get()}).cuda) {
     return on_gpu(key, [&](device::Stream stream, uint32_t* faults) {
       p.faults = faults;
       gpu::reshape_and_cache(p, num_blocks, stream);
@@ -294,7 +308,7 @@ void update_block_table(const Arguments<kUpdateBlockTable.count>& arguments) {
 
 PyMethodDef cache_methods[] = {
     PAGEDCORE_METHOD(reshape_and_cache, kReshapeAndCache,
-                     "(key, value, k_cache, v_cache, slot_mapping, *, num_threads=None)"),
+                     "(key, value, k_cache, v_cache, slot_mapping, *, k_scale=None, v_scale=None, num_threads=None)"),
     PAGEDCORE_METHOD(copy_blocks, kCopyBlocks, "(caches, pairs, *, num_threads=None)"),
     PAGEDCORE_METHOD(zero_blocks, kZeroBlocks, "(caches, blocks, *, num_threads=None)"),
     PAGEDCORE_METHOD(gather_blocks, kGatherBlocks, "(caches, blocks, out, *, num_threads=None)"),

@@ -120,13 +120,16 @@ bool Tensor::set_dtype(uint8_t code, int bits) {
     dtype = DType::i64;
   else if (code == dlpack::kUInt && bits == 8)
     dtype = DType::u8;
+  else if (code == dlpack::kFloat8E4m3fn && bits == 8)
+    dtype = DType::e4m3;
   else
     return false;
   return true;
 }
 
 void Tensor::refuse_dtype(const std::string& shown) const {
-  throw ArgumentError(Fault::invalid_argument, name, "dtype float32, float16, bfloat16, int32, int64 or uint8", shown);
+  throw ArgumentError(Fault::invalid_argument, name,
+                      "dtype float32, float16, bfloat16, float8_e4m3fn, int32, int64 or uint8", shown);
 }
 
 bool Tensor::from_exchange_api(py::handle object) {
@@ -204,8 +207,13 @@ bool Tensor::from_array_interface(py::handle object) {
   const std::string dtype_text = py::str(object.attr("dtype"));
   const auto shape_tuple = py::cast<py::tuple>(interface["shape"]);
   const auto pointer = py::cast<py::tuple>(interface["data"]);
-  if (dtype_text != "bfloat16") refuse_dtype("dtype " + dtype_text);
-  set_dtype(dlpack::kBfloat, 16);
+  if (dtype_text == "bfloat16") {
+    set_dtype(dlpack::kBfloat, 16);
+  } else if (dtype_text == "float8_e4m3fn") {
+    set_dtype(dlpack::kFloat8E4m3fn, 8);
+  } else {
+    refuse_dtype("dtype " + dtype_text);
+  }
   source = Source::array_interface;
   data = reinterpret_cast<char*>(py::cast<uintptr_t>(pointer[0]));
   read_only = py::cast<bool>(pointer[1]);
@@ -254,9 +262,13 @@ bool Tensor::from_attributes(py::handle object) {
     const char* name;
     dlpack::TypeCode code;
     int bits;
-  } types[] = {{"torch.float32", dlpack::kFloat, 32},   {"torch.float16", dlpack::kFloat, 16},
-               {"torch.bfloat16", dlpack::kBfloat, 16}, {"torch.int32", dlpack::kInt, 32},
-               {"torch.int64", dlpack::kInt, 64},       {"torch.uint8", dlpack::kUInt, 8}};
+  } types[] = {{"torch.float32", dlpack::kFloat, 32},
+               {"torch.float16", dlpack::kFloat, 16},
+               {"torch.bfloat16", dlpack::kBfloat, 16},
+               {"torch.int32", dlpack::kInt, 32},
+               {"torch.int64", dlpack::kInt, 64},
+               {"torch.uint8", dlpack::kUInt, 8},
+               {"torch.float8_e4m3fn", dlpack::kFloat8E4m3fn, 8}};
   const auto* known = std::find_if(std::begin(types), std::end(types), [&](const auto& t) { return type == t.name; });
   if (known == std::end(types)) refuse_dtype("dtype " + type);
   set_dtype(known->code, known->bits);
@@ -352,6 +364,8 @@ const char* dtype_name(DType dtype) {
       return "int32";
     case DType::i64:
       return "int64";
+    case DType::e4m3:
+      return "float8_e4m3fn";
     default:
       return "uint8";
   }

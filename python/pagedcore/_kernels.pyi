@@ -19,6 +19,8 @@ def paged_attention(
     softcap: float = 0.0,
     alibi_slopes: Any | None = None,
     sinks: Any | None = None,
+    k_scale: Any | None = None,
+    v_scale: Any | None = None,
     max_query_len: int | None = None,
     max_seq_len: int | None = None,
     block_table_rows: Any | None = None,
@@ -66,7 +68,15 @@ def merge_states(
     num_threads: int | None = None,
 ) -> None: ...
 def reshape_and_cache(
-    key: Any, value: Any, k_cache: Any, v_cache: Any, slot_mapping: Any, *, num_threads: int | None = None
+    key: Any,
+    value: Any,
+    k_cache: Any,
+    v_cache: Any,
+    slot_mapping: Any,
+    *,
+    k_scale: Any | None = None,
+    v_scale: Any | None = None,
+    num_threads: int | None = None,
 ) -> None: ...
 def copy_blocks(caches: Sequence[Any], pairs: Any, *, num_threads: int | None = None) -> None: ...
 def zero_blocks(caches: Sequence[Any], blocks: Any, *, num_threads: int | None = None) -> None: ...

@@ -5,7 +5,8 @@ strides over (block, head, token). Nothing guesses a layout from a shape, and ke
 another system is passed as a (transposed) view instead.
 
 Two orders exist. ``"block"``: a block is one contiguous byte range over all layers, so that it moves in one copy.
-``"layer"``: each layer has an array of its own, as most servers keep it. Inside, both are (K or V, head, token, dim).
+``"layer"``: each layer has an array of its own, as most servers keep it. Inside, both are (K or V, head, token, dim),
+and then, where a quantised cache has a scale for each token, the scales of K and those of V (head, token).
 """
 
 from __future__ import annotations
@@ -14,13 +15,19 @@ import contextlib
 import mmap
 import sys
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pagedcore.errors import InvalidArgumentError, UnsupportedError
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}  # every dtype that KV data and models may have
+FP8 = "fp8_e4m3"  # the format of a cache of 8-bit codes
+GRANULARITIES = ("tensor", "head", "token")  # what a scale of a quantised cache is of
 _ALIGNMENT = 64  # bytes: K and V of every layer begin on a cache line
 _MAX_BYTES = 2**62
+_SCALE_SIZE = 4  # bytes of a float32
 
 
 def dtype_name(dtype: Any) -> str:
@@ -61,11 +68,29 @@ class PageView:
 
 
 @dataclass(frozen=True)
+class ScaleView:
+    """Where the scales of one layer's K (or V) lie, a float32 for each token: as in `PageView`."""
+
+    offset: int
+    block_stride: int
+    head_stride: int
+    token_stride: int
+    shape: tuple[int, int, int]  # [num_blocks, num_kv_heads, block_size]
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """Strides in elements over (block, head, token)."""
+        return (self.block_stride, self.head_stride, self.token_stride)
+
+
+@dataclass(frozen=True)
 class LayerLayout:
-    """K and V of one layer."""
+    """K and V of one layer; and their scales, where these lie in the blocks' records."""
 
     k: PageView
     v: PageView
+    k_scale: ScaleView | None = None
+    v_scale: ScaleView | None = None
 
 
 def _is_int(value: object) -> bool:
@@ -88,7 +113,8 @@ class KVCacheLayout:
     """The shape and byte layout of a KV cache; validated when made, immutable after.
 
     ``layers[i]`` gives offsets and strides of layer i. ``block_bytes`` is what one block takes over all layers,
-    ``total_bytes`` what the whole cache takes.
+    ``total_bytes`` what the whole cache takes. ``kv_format="fp8_e4m3"`` keeps 8-bit codes for models of ``dtype``, with
+    a scale for a layer's K and V as a whole, for each KV head, or for each token and head (docs/quantisation.md).
     """
 
     num_blocks: int
@@ -112,19 +138,20 @@ class KVCacheLayout:
             object.__setattr__(self, "v_head_dim", self.head_dim)
         _require_size("v_head_dim", self.v_head_dim)
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        if self.kv_format not in ("auto", self.dtype):
+        if self.kv_format not in ("auto", self.dtype, FP8):
             raise UnsupportedError(
-                f"kv_format: expected 'auto' (as dtype), got {self.kv_format!r}",
+                f"kv_format: expected 'auto' (as dtype) or {FP8!r}, got {self.kv_format!r}",
                 argument="kv_format",
                 got=self.kv_format,
-                expected=("auto",),
+                expected=("auto", FP8),
             )
-        if self.scale_granularity != "tensor":
+        if self.scale_granularity not in (GRANULARITIES if self.quantized else ("tensor",)):
+            expected = "'tensor', 'head' or 'token'" if self.quantized else f"'tensor' without kv_format={FP8!r}"
             raise UnsupportedError(
-                f"scale_granularity: expected 'tensor', got {self.scale_granularity!r}",
+                f"scale_granularity: expected {expected}, got {self.scale_granularity!r}",
                 argument="scale_granularity",
                 got=self.scale_granularity,
-                expected=("tensor",),
+                expected=GRANULARITIES if self.quantized else ("tensor",),
             )
         if self.order not in ("block", "layer"):
             raise InvalidArgumentError(
@@ -133,8 +160,8 @@ class KVCacheLayout:
                 got=self.order,
                 expected=("block", "layer"),
             )
-        k_bytes, v_bytes = self._side_bytes()
-        block_bytes = (k_bytes + v_bytes) * self.num_layers
+        parts = self._part_bytes()
+        block_bytes = sum(parts) * self.num_layers
         if block_bytes * self.num_blocks > _MAX_BYTES:
             raise InvalidArgumentError(
                 f"num_blocks: expected a cache of at most 2**62 bytes, got {block_bytes * self.num_blocks}",
@@ -143,12 +170,17 @@ class KVCacheLayout:
                 expected=_MAX_BYTES // block_bytes,
             )
         object.__setattr__(self, "block_bytes", block_bytes)
-        object.__setattr__(self, "layers", self._place(k_bytes, v_bytes))
+        object.__setattr__(self, "layers", self._place(*parts))
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the cache holds codes."""
+        return self.kv_format == FP8
 
     @property
     def item_size(self) -> int:
-        """Bytes of one element."""
-        return ITEM_SIZES[self.dtype]
+        """Bytes of one element of K or V as it is kept."""
+        return 1 if self.quantized else ITEM_SIZES[self.dtype]
 
     @property
     def total_bytes(self) -> int:
@@ -157,18 +189,18 @@ class KVCacheLayout:
 
     @property
     def layer_block_bytes(self) -> int:
-        """Bytes of one block of one layer, K and V."""
+        """Bytes of one block of one layer, K and V and what scales lie with them."""
         return self.block_bytes // self.num_layers
 
-    def _side_bytes(self) -> tuple[int, int]:
-        """Bytes of K and of V of one layer's block, each up to a whole cache line."""
+    def _part_bytes(self) -> tuple[int, ...]:
+        """Bytes of K, of V, and of the scales of each in one layer's block, each up to a whole cache line."""
         elements = self.num_kv_heads * self.block_size
-        k_bytes = elements * self.head_dim * self.item_size
-        v_bytes = elements * self.v_head_dim * self.item_size
-        return -(-k_bytes // _ALIGNMENT) * _ALIGNMENT, -(-v_bytes // _ALIGNMENT) * _ALIGNMENT
+        scales = elements * _SCALE_SIZE if self.quantized and self.scale_granularity == "token" else 0
+        parts = (elements * self.head_dim * self.item_size, elements * self.v_head_dim * self.item_size, scales, scales)
+        return tuple(-(-size // _ALIGNMENT) * _ALIGNMENT for size in parts)
 
-    def _place(self, k_bytes: int, v_bytes: int) -> tuple[LayerLayout, ...]:
-        layer_bytes = k_bytes + v_bytes
+    def _place(self, k_bytes: int, v_bytes: int, k_scales: int, v_scales: int) -> tuple[LayerLayout, ...]:
+        layer_bytes = k_bytes + v_bytes + k_scales + v_scales
         step = self.block_bytes if self.order == "block" else layer_bytes  # bytes from one block to the next
         layers = []
         for i in range(self.num_layers):
@@ -183,7 +215,13 @@ class KVCacheLayout:
                     shape=(self.num_blocks, self.num_kv_heads, self.block_size, dim),
                 )
 
-            layers.append(LayerLayout(k=page(start, self.head_dim), v=page(start + k_bytes, self.v_head_dim)))
+            def scale(offset: int, size: int) -> ScaleView | None:
+                shape = (self.num_blocks, self.num_kv_heads, self.block_size)
+                return ScaleView(offset, step // _SCALE_SIZE, self.block_size, 1, shape) if size else None
+
+            k, v = page(start, self.head_dim), page(start + k_bytes, self.v_head_dim)
+            at = start + k_bytes + v_bytes
+            layers.append(LayerLayout(k, v, scale(at, k_scales), scale(at + k_scales, v_scales)))
         return tuple(layers)
 
     def allocate(self, device: str = "cpu", library: str = "auto") -> KVCache:
@@ -263,10 +301,26 @@ class KVCache:
         else:
             shape = (layout.num_layers, layout.num_blocks, layout.layer_block_bytes)
         make = _torch_views if library == "torch" else _numpy_views
-        self.data, self._layers = make(layout, memory, shape)
+        self.data, self._layers, self._scales = make(layout, memory, shape)
 
     def layer(self, i: int) -> tuple[Any, Any]:
-        """``(k_cache, v_cache)`` of layer i, each ``[num_blocks, num_kv_heads, block_size, head_dim]``."""
+        """``(k_cache, v_cache)`` of layer i, each ``[num_blocks, num_kv_heads, block_size, head_dim]``.
+
+        Of a quantised cache they are float8_e4m3fn with torch, and uint8 with NumPy, which has no such type.
+        """
+        self._require_layer(i)
+        return self._layers[i]
+
+    def scales(self, i: int) -> tuple[Any, Any]:
+        """``(k_scale, v_scale)`` of layer i, to be given to the ops with its caches; ``(None, None)`` without codes.
+
+        float32 ``[1]`` or ``[num_kv_heads]``, 1 until they are set, and not part of any block; or
+        ``[num_blocks, num_kv_heads, block_size]``, which lie in the blocks.
+        """
+        self._require_layer(i)
+        return self._scales[i]
+
+    def _require_layer(self, i: int) -> None:
         if not _is_int(i) or not 0 <= i < self.layout.num_layers:
             raise InvalidArgumentError(
                 f"i: expected a layer in [0, {self.layout.num_layers}), got {i!r}",
@@ -274,7 +328,6 @@ class KVCache:
                 got=i,
                 expected=self.layout.num_layers,
             )
-        return self._layers[i]
 
     def block_tensors(self) -> list[Any]:
         """Tensors whose first axis is the block and which cover every byte once: what copying and zeroing work on."""
@@ -282,6 +335,9 @@ class KVCache:
 
     def __repr__(self) -> str:
         return f"KVCache({self.layout!r}, {self.layout.total_bytes / 2**20:.1f} MiB)"
+
+
+_Pairs = list[tuple[Any, Any]]
 
 
 def _torch() -> Any:
@@ -297,23 +353,31 @@ def _torch() -> Any:
     return torch
 
 
-def _torch_views(layout: KVCacheLayout, memory: Any, shape: tuple[int, ...]) -> tuple[Any, list[tuple[Any, Any]]]:
+def _torch_views(layout: KVCacheLayout, memory: Any, shape: tuple[int, ...]) -> tuple[Any, _Pairs, _Pairs]:
     torch = _torch()
     flat = memory if isinstance(memory, torch.Tensor) else torch.frombuffer(memory, dtype=torch.uint8)
-    elements = flat.view(getattr(torch, layout.dtype))
+    elements = flat.view(torch.float8_e4m3fn if layout.quantized else getattr(torch, layout.dtype))
 
     def view(page: PageView) -> Any:
         return elements.as_strided(page.shape, page.strides, page.offset // layout.item_size)
 
-    return flat.view(shape), [(view(layer.k), view(layer.v)) for layer in layout.layers]
+    def scale(place: ScaleView | None) -> Any:
+        if place is None:
+            return _shared_scales(layout, lambda count: torch.ones(count, dtype=torch.float32, device=flat.device))
+        return flat.view(torch.float32).as_strided(place.shape, place.strides, place.offset // _SCALE_SIZE)
+
+    return flat.view(shape), *_pairs(layout, view, scale)
 
 
-def _numpy_views(layout: KVCacheLayout, memory: mmap.mmap, shape: tuple[int, ...]) -> tuple[Any, list[tuple[Any, Any]]]:
+def _numpy_views(layout: KVCacheLayout, memory: mmap.mmap, shape: tuple[int, ...]) -> tuple[Any, _Pairs, _Pairs]:
     import numpy as np
 
-    if layout.dtype == "bfloat16":
+    dtype: Any = layout.dtype
+    if layout.quantized:
+        dtype = np.uint8
+    elif layout.dtype == "bfloat16":
         try:
-            from ml_dtypes import bfloat16 as dtype
+            from ml_dtypes import bfloat16
         except ImportError as error:
             raise UnsupportedError(
                 "dtype: expected float32 or float16 for NumPy without ml_dtypes, got 'bfloat16'",
@@ -322,11 +386,31 @@ def _numpy_views(layout: KVCacheLayout, memory: mmap.mmap, shape: tuple[int, ...
                 expected=("float32", "float16"),
                 hint="pip install ml_dtypes, or library='torch'",
             ) from error
-    else:
-        dtype = layout.dtype
-    size = layout.item_size
+        dtype = bfloat16
 
-    def view(page: PageView) -> Any:
-        return np.ndarray(page.shape, dtype, memory, page.offset, tuple(stride * size for stride in page.strides))
+    def view(page: PageView | ScaleView, kind: Any = dtype, size: int = layout.item_size) -> Any:
+        return np.ndarray(page.shape, kind, memory, page.offset, tuple(stride * size for stride in page.strides))
 
-    return np.ndarray(shape, np.uint8, memory), [(view(layer.k), view(layer.v)) for layer in layout.layers]
+    def scale(place: ScaleView | None) -> Any:
+        if place is None:
+            return _shared_scales(layout, lambda count: np.ones(count, np.float32))
+        return view(place, np.float32, _SCALE_SIZE)
+
+    return np.ndarray(shape, np.uint8, memory), *_pairs(layout, view, scale)
+
+
+def _shared_scales(layout: KVCacheLayout, ones: Callable[[int], Any]) -> Any:
+    """Scales that are no block's: one, or one a head; None for a cache without codes."""
+    if not layout.quantized:
+        return None
+    return ones(1 if layout.scale_granularity == "tensor" else layout.num_kv_heads)
+
+
+def _pairs(
+    layout: KVCacheLayout, view: Callable[[PageView], Any], scale: Callable[[ScaleView | None], Any]
+) -> tuple[_Pairs, _Pairs]:
+    """(K, V) of every layer, and their scales."""
+    return (
+        [(view(layer.k), view(layer.v)) for layer in layout.layers],
+        [(scale(layer.k_scale), scale(layer.v_scale)) for layer in layout.layers],
+    )

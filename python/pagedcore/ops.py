@@ -18,7 +18,6 @@ import sys
 from typing import Any
 
 from pagedcore import _kernels
-from pagedcore.errors import UnsupportedError
 from pagedcore.layout import dtype_name
 from pagedcore.tensors import (
     block_tensors,
@@ -50,19 +49,6 @@ def _torch_ops() -> Any:
     return sys.modules["torch"].ops.pagedcore
 
 
-def _unsupported(argument: str, got: Any, expected: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"{argument}: expected {expected}, got {got!r}", argument=argument, got=got, expected=expected
-    )
-
-
-def _refuse_given(**arguments: Any) -> None:
-    """Refuses the first argument that was given."""
-    for name, value in arguments.items():
-        if value is not None:
-            raise _unsupported(name, value, "None")
-
-
 def reshape_and_cache(
     key: Any,
     value: Any,
@@ -80,12 +66,14 @@ def reshape_and_cache(
     ``[num_blocks, num_kv_heads, block_size, dim]``, slot_mapping int64 ``[num_tokens]`` = block * block_size + offset;
     a negative slot is padding and is skipped. A slot past the cache is an error, and nothing is written. Of two tokens
     with the same slot the later one is kept, however many threads run.
+
+    Caches of float8_e4m3fn, or of uint8, hold codes (docs/quantisation.md). k_scale and v_scale, float32, say what a
+    code is multiplied by: ``[1]`` or ``[num_kv_heads]`` are used as they are, and ``[num_blocks, num_kv_heads,
+    block_size]`` are made of each row and written. None is 1.
     """
-    if not (k_scale is v_scale is None):
-        _refuse_given(k_scale=k_scale, v_scale=v_scale)
-    traced = is_compiling() or any_subclass(key, value, k_cache, v_cache, slot_mapping)
+    traced = is_compiling() or any_subclass(key, value, k_cache, v_cache, slot_mapping, k_scale, v_scale)
     write = _torch_ops().reshape_and_cache if traced else _kernels.reshape_and_cache
-    write(key, value, k_cache, v_cache, slot_mapping, num_threads=num_threads)
+    write(key, value, k_cache, v_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale, num_threads=num_threads)
 
 
 def paged_attention(
@@ -120,6 +108,7 @@ def paged_attention(
     query ``[num_tokens, num_heads, head_dim]``, all sequences' queries one after another; query_start_loc int32
     ``[num_seqs + 1]`` their cumulative lengths; seq_lens int32 ``[num_seqs]`` the tokens in the cache, this step's
     included; block_table int32 ``[num_seqs, max_blocks]``. Query i of a sequence has position seq_len - query_len + i.
+    Caches of float8_e4m3fn or uint8 hold codes, with their scales as `reshape_and_cache` has them.
 
     Returns out ``[num_tokens, num_heads, v_head_dim]``, or ``(out, lse)`` if an lse is asked for: float32
     ``[num_tokens, num_heads]``, natural log. A row that sees no key (seq_len 0, padding) is 0, with lse -inf.
@@ -128,8 +117,6 @@ def paged_attention(
     what it is made from. workspace is memory of `attention_workspace_size` bytes. What is absent is planned and
     allocated for this call. Both belong to one stream; the CPU needs neither.
     """
-    if not (k_scale is v_scale is None):
-        _refuse_given(k_scale=k_scale, v_scale=v_scale)
     if out is None:
         out = new_out(query, v_cache)
     if lse is None and return_lse:
@@ -145,6 +132,8 @@ def paged_attention(
         lse,
         alibi_slopes,
         sinks,
+        k_scale,
+        v_scale,
         block_table_rows,
         plan,
         workspace,
@@ -165,6 +154,8 @@ def paged_attention(
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
         max_query_len=max_query_len,
         max_seq_len=max_seq_len,
         block_table_rows=block_table_rows,

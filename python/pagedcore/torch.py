@@ -28,14 +28,14 @@ _LIBRARY = torch.library.Library("pagedcore", "DEF")
 OPERATORS = {  # by name, their schemas
     "reshape_and_cache": (
         "(Tensor key, Tensor value, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, *,"
-        " int? num_threads=None)"
+        " Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None, int? num_threads=None)"
     ),
     "paged_attention": (
         "(Tensor query, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, Tensor query_start_loc,"
         " Tensor(a!) out, Tensor(b!)? lse=None, *, float? scale=None, bool causal=True, int? window=None,"
-        " float softcap=0.0, Tensor? alibi_slopes=None, Tensor? sinks=None, int? max_query_len=None,"
-        " int? max_seq_len=None, Tensor? block_table_rows=None, int? split_size=None, Tensor? plan=None,"
-        " Tensor(c!)? workspace=None, int? num_threads=None)"
+        " float softcap=0.0, Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? k_scale=None,"
+        " Tensor? v_scale=None, int? max_query_len=None, int? max_seq_len=None, Tensor? block_table_rows=None,"
+        " int? split_size=None, Tensor? plan=None, Tensor(c!)? workspace=None, int? num_threads=None)"
     ),
     "plan_attention": (
         "(Tensor seq_lens, Tensor query_start_loc, Tensor(a!) out, *, int num_heads, int num_kv_heads, int head_dim,"
@@ -76,16 +76,19 @@ _AXES = {
     "lse_b": ("num_tokens", "num_heads"),
     "pairs": ("num_pairs", "2"),
     "blocks": ("count",),
+    "k_scale": ("num_blocks", "num_kv_heads", "block_size"),
+    "v_scale": ("num_blocks", "num_kv_heads", "block_size"),
     "table": ("table_rows", "max_blocks"),
     "updates": ("num_updates", "3"),
 }
 _INT32 = ("seq_lens", "block_table", "block_table_rows", "query_start_loc", "pairs", "blocks", "table", "updates")
-_FLOAT32 = ("lse", "lse_a", "lse_b", "alibi_slopes", "sinks")
+_FLOAT32 = ("lse", "lse_a", "lse_b", "alibi_slopes", "sinks", "k_scale", "v_scale")
 _FIXED_DTYPES = {
     **dict.fromkeys(_INT32, torch.int32),
     **dict.fromkeys(_FLOAT32, torch.float32),
     "slot_mapping": torch.int64,
 }
+_CODES = (torch.uint8, torch.float8_e4m3fn)  # of a quantised cache
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -102,16 +105,21 @@ def _require(holds: Any, name: str, expected: str, got: Any) -> None:
 def _check_call(tensors: dict[str, Any]) -> None:
     """What the kernels would refuse about ranks, sizes and dtypes."""
     kind: torch.dtype | None = None
-    sizes: dict[str, Any] = {"2": 2, "3": 3}
+    sizes: dict[str, Any] = {"1": 1, "2": 2, "3": 3}
+    quantised = all(name in tensors and tensors[name].dtype in _CODES for name in ("k_cache", "v_cache"))
     for name, tensor in tensors.items():
         axes = _AXES[name]
         if name == "block_table" and "block_table_rows" in tensors:
             axes = ("table_rows", "max_blocks")
+        if name in ("k_scale", "v_scale") and getattr(tensor, "ndim", 3) == 1:
+            axes = ("1",) if tensor.shape[0] == 1 else ("num_kv_heads",)
         for axis, size in zip(axes, require_axes(name, tensor, *axes), strict=True):
             known = sizes.setdefault(axis, size)
             _require(known == size, name, f"{axis} = {known}", size)
         if name in _FIXED_DTYPES:
             _require(tensor.dtype == _FIXED_DTYPES[name], name, f"dtype {_FIXED_DTYPES[name]}", tensor.dtype)
+        elif quantised and name in ("k_cache", "v_cache"):
+            continue
         elif kind is None:
             _require(tensor.dtype in _FLOATS, name, "dtype float32, float16 or bfloat16", tensor.dtype)
             kind = tensor.dtype

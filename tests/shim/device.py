@@ -67,6 +67,13 @@ class Device:
         return result
 
 
+def scale_strides(scale: torch.Tensor) -> tuple[int, ...]:
+    """Over (block, head, token), 0 where one scale serves several."""
+    if scale.ndim == 3:
+        return tuple(scale.stride())
+    return (0, 0 if len(scale) == 1 else 1, 0)
+
+
 class Attention:
     """One call's arguments on the device, and its outputs.
 
@@ -85,6 +92,8 @@ class Attention:
         sinks: torch.Tensor | None = None,
         block_table_rows: torch.Tensor | None = None,
         block_stride: int | None = None,
+        k_scale: torch.Tensor | None = None,
+        v_scale: torch.Tensor | None = None,
     ) -> None:
         self.device = device
         num_tokens, num_heads, head_dim = batch.query.shape
@@ -130,16 +139,21 @@ class Attention:
             "softcap": softcap,
             "dtype": ELEMENT[batch.query.dtype],
         }
+        if batch.k_cache.dtype != batch.query.dtype:
+            self.fields["kv_dtype"] = "float8_e4m3fn"
+        for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+            if scale is not None:
+                self.fields[name] = (device.upload(scale), *scale_strides(scale))
         optional = {"block_table_rows": block_table_rows, "alibi_slopes": alibi_slopes, "sinks": sinks}
         self.fields |= {name: device.upload(tensor) for name, tensor in optional.items() if tensor is not None}
 
     def launch(self, kernel: str, grid: int = 6, launches: int = 1) -> None:
-        """By "generic", or "tiled" on a device of `grid` multiprocessors, so many times over one plan."""
+        """By "generic", or "tiled" or "any" on a device of `grid` multiprocessors, so many times over one plan."""
         shim = self.device.shim
         if kernel == "generic":
             shim.attention_generic(self.fields)
             return
-        assert shim.why_not_tiled(self.fields) is None
+        assert kernel == "any" or shim.why_not_tiled(self.fields) is None
         shim.set_multiprocessors(grid)
         plan, workspace = (self.device.allocate(size(self.fields)) for size in (shim.plan_bytes, shim.workspace_bytes))
         shim.paged_attention(self.fields, plan, workspace, launches)

@@ -31,4 +31,14 @@ PAGEDCORE_FN void token_offsets(const AttentionParams& p, const int32_t* table, 
   }
 }
 
+// The same for the scales of a quantised cache.
+PAGEDCORE_FN void scale_offsets(const AttentionParams& p, const int32_t* table, int64_t begin, int count,
+                                int64_t* k_offsets, int64_t* v_offsets) {
+  for (int i = 0; i < count; ++i) {
+    const int64_t block = table[(begin + i) / p.block_size], slot = (begin + i) % p.block_size;
+    k_offsets[i] = block * p.k_scale.block_stride + slot * p.k_scale.token_stride;
+    v_offsets[i] = block * p.v_scale.block_stride + slot * p.v_scale.token_stride;
+  }
+}
+
 }  // namespace pagedcore

@@ -11,11 +11,20 @@
 
 namespace pagedcore {
 
-enum class DType : uint8_t { f32, f16, bf16, i32, i64, u8 };
+enum class DType : uint8_t { f32, f16, bf16, i32, i64, u8, e4m3 };
 
 // One side (K or V) of one layer's cache: [num_blocks, num_kv_heads, block_size, dim].
 struct Pages {
   void* data;
+  int64_t block_stride;
+  int64_t head_stride;
+  int64_t token_stride;
+};
+
+// What the codes of a quantised cache are multiplied by: one factor for the tensor, one a KV head, or one a token and
+// KV head ([num_blocks, num_kv_heads, block_size]). A stride is 0 where one factor serves several.
+struct Scales {
+  float* data;  // null: 1
   int64_t block_stride;
   int64_t head_stride;
   int64_t token_stride;
@@ -26,8 +35,9 @@ struct AttentionParams {
   int64_t query_token_stride;
   int64_t query_head_stride;
 
-  Pages k;  // dim = head_dim
-  Pages v;  // dim = v_head_dim
+  Pages k;                  // dim = head_dim
+  Pages v;                  // dim = v_head_dim
+  Scales k_scale, v_scale;  // of a quantised cache
 
   const int32_t* block_table;  // [table_rows, max_blocks], rows block_table_stride apart
   int64_t block_table_stride;
@@ -61,7 +71,8 @@ struct AttentionParams {
   const float* alibi_slopes;  // [num_heads]; a key at distance d from the query gets -slope * d; null: none
   const float* sinks;  // [num_heads] logits, each of a key without a value that all rows of its head see; null: none
   bool causal;
-  DType dtype;       // of query, k, v and out
+  DType dtype;       // of query and out
+  DType kv_dtype;    // of k and v: dtype, or e4m3
   uint32_t* faults;  // [kDeviceFaults], see faults.h; null: nobody wants to know. Not used on the CPU
 };
 
@@ -91,13 +102,17 @@ struct CacheWriteParams {
   int64_t key_token_stride, key_head_stride;
   int64_t value_token_stride, value_head_stride;
   Pages k, v;
-  const int64_t* slot_mapping;  // [num_tokens] block * block_size + offset; negative: the token is not written
+  Scales k_scale, v_scale;            // of a quantised cache
+  bool makes_k_scale, makes_v_scale;  // a factor a token: made of the row, and written
+  const int64_t* slot_mapping;        // [num_tokens] block * block_size + offset; negative: the token is not written
   int64_t num_tokens;
   int32_t num_kv_heads;
   int32_t block_size;
   int64_t key_bytes;    // head_dim * element size
   int64_t value_bytes;  // v_head_dim * element size
   int32_t element_size;
+  DType dtype;       // of key and value
+  DType kv_dtype;    // of k and v: dtype, or e4m3
   uint32_t* faults;  // as above
 };
 
