@@ -36,32 +36,26 @@ TiledKernel tiled_kernel() {
   return {kKernel, Policy::kThreads, Policy::kSharedBytes, int64_t{Policy::Record::kFloats} * 4, residency.blocks()};
 }
 
-// Family::instance<kDim, T>() for these parameters.
-template <class Family, class T>
+// Head sizes that get instances. A build for the shim that checks every access names fewer, as each costs it seconds.
+#ifndef PAGEDCORE_TILED_HEAD_DIMS
+#define PAGEDCORE_TILED_HEAD_DIMS 64, 80, 96, 112, 128, 192, 256
+#endif
+
+// Family::instance<kDim, T>() for these parameters, of the head sizes given.
+template <class Family, class T, int kDim, int... kOthers>
 TiledKernel instance_for(const AttentionParams& p) {
-  switch (p.head_dim) {
-    case 64:
-      return Family::template instance<64, T>();
-    case 80:
-      return Family::template instance<80, T>();
-    case 96:
-      return Family::template instance<96, T>();
-    case 112:
-      return Family::template instance<112, T>();
-    case 128:
-      return Family::template instance<128, T>();
-    case 192:
-      return Family::template instance<192, T>();
-    case 256:
-      return Family::template instance<256, T>();
-    default:
-      throw std::invalid_argument("head_dim " + std::to_string(p.head_dim) + ": see why_not_tiled");
+  if (p.head_dim == kDim) return Family::template instance<kDim, T>();
+  if constexpr (sizeof...(kOthers) > 0) {
+    return instance_for<Family, T, kOthers...>(p);
+  } else {
+    throw std::invalid_argument("head_dim " + std::to_string(p.head_dim) + ": this build has no tiled kernel for it");
   }
 }
 
 template <class Family>
 TiledKernel instance_for(const AttentionParams& p) {
-  return p.dtype == DType::f16 ? instance_for<Family, f16>(p) : instance_for<Family, bf16>(p);
+  return p.dtype == DType::f16 ? instance_for<Family, f16, PAGEDCORE_TILED_HEAD_DIMS>(p)
+                               : instance_for<Family, bf16, PAGEDCORE_TILED_HEAD_DIMS>(p);
 }
 
 }  // namespace pagedcore::gpu

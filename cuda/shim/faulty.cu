@@ -11,6 +11,7 @@ namespace {
 using namespace device;
 
 constexpr int kThreads = 64;
+constexpr int kSharedFloats = kThreads + 4;  // the last four for copies that land elsewhere
 
 enum class Flaw {
   none,
@@ -26,6 +27,10 @@ enum class Flaw {
   missing_fence,
   missing_acquire,
   unfinished_copy,
+  past_the_end,
+  before_the_start,
+  past_shared_memory,
+  overflow,
 };
 
 struct Params {
@@ -69,6 +74,9 @@ PAGEDCORE_KERNEL(kThreads, 1) detours(const Params p) {
     sync_threads();
   }
 
+  if (p.flaw == Flaw::past_shared_memory && t == 5) shared[kSharedFloats] = x;
+  if (p.flaw == Flaw::overflow) x += 0.0f * static_cast<float>((t + 1) * 0x40000000);
+
   shared[t] = x;
   if (p.flaw != Flaw::missing_warp_barrier) sync_warp();
   x = shared[t ^ 1];
@@ -84,6 +92,8 @@ PAGEDCORE_KERNEL(kThreads, 1) detours(const Params p) {
 
   if (t == 0) {
     p.exchange[block_x()] = static_cast<float>(block_x() + 1);
+    if (p.flaw == Flaw::past_the_end && block_x() == 1) p.exchange[2] = x;
+    if (p.flaw == Flaw::before_the_start && block_x() == 1) p.exchange[-1] = x;
     if (p.flaw != Flaw::missing_fence) fence();
     const int arrived = atomic_add(p.counter, 1);
     if (p.flaw != Flaw::missing_acquire) fence();
@@ -110,6 +120,10 @@ constexpr Named kNamed[] = {
     {"missing fence", Flaw::missing_fence},
     {"missing acquire", Flaw::missing_acquire},
     {"unfinished copy", Flaw::unfinished_copy},
+    {"past the end", Flaw::past_the_end},
+    {"before the start", Flaw::before_the_start},
+    {"past shared memory", Flaw::past_shared_memory},
+    {"overflow", Flaw::overflow},
 };
 
 struct DeviceArray {
@@ -138,7 +152,7 @@ float shim::run_faulty(const std::string& name) {
     const DeviceArray in_d(kCount * 4), out_d(kCount * 4), exchange(2 * 4), counter(4);
     shim::copy_to_device(in_d.data, in.data(), kCount * 4);
     shim::copy_to_device(counter.data, &zero, 4);
-    device::launch(detours, 2, 1, 1, kThreads, kThreads * 4 + 16, nullptr,
+    device::launch(detours, 2, 1, 1, kThreads, kSharedFloats * 4, nullptr,
                    Params{static_cast<float*>(in_d.data), static_cast<float*>(out_d.data),
                           static_cast<float*>(exchange.data), static_cast<int*>(counter.data), named.flaw});
     shim::copy_to_host(out.data(), out_d.data, kCount * 4);

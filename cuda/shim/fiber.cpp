@@ -99,6 +99,11 @@ void Fiber::start(void (*entry)(void*), void* argument) {
   own_context_ = frame;
 }
 
+char* Fiber::give_up() {
+  clear_stack(stack_, kStackBytes);
+  return stack_ + kStackBytes - 64;
+}
+
 void Fiber::trampoline(Fiber* self) {
   enter_stack(nullptr, &self->resumer_stack_, &self->resumer_stack_bytes_);
   self->entry_(self->argument_);

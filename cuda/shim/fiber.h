@@ -24,8 +24,8 @@ class Fiber {
   void suspend();
 
   bool finished() const { return finished_; }
-  // Where a call may begin when whatever the fiber was doing is given up: a multiple of 16.
-  char* stack_top() const { return stack_ + kStackBytes - 64; }
+  // Gives up whatever the fiber was doing: where on its stack a call may begin instead, a multiple of 16.
+  char* give_up();
 
  private:
   static void trampoline(Fiber* self);

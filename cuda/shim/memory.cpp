@@ -65,6 +65,14 @@ class Opened {
 
 }  // namespace
 
+#if defined(__SANITIZE_ADDRESS__)
+void forbid(const void* memory, size_t bytes) { __asan_poison_memory_region(memory, bytes); }
+void allow(const void* memory, size_t bytes) { __asan_unpoison_memory_region(memory, bytes); }
+#else
+void forbid(const void*, size_t) {}
+void allow(const void*, size_t) {}
+#endif
+
 void* allocate(size_t bytes, bool poison) {
   // The end touches the guard, up to the alignment: reading past it by more is a fault at once.
   const size_t padded = round_up(bytes, kAlignment);
@@ -74,9 +82,9 @@ void* allocate(size_t bytes, bool poison) {
   if (base == MAP_FAILED) throw std::bad_alloc();
   char* data = static_cast<char*>(base) + kGuard + (inner - padded);
   mappings()[data] = {static_cast<char*>(base), mapped, bytes};
-#if defined(__SANITIZE_ADDRESS__)
-  __asan_poison_memory_region(data + bytes, padded - bytes);
-#endif
+  // What alignment adds before and after is mapped too: only AddressSanitizer sees a step into it.
+  forbid(data - (inner - padded), inner - padded);
+  forbid(data + bytes, padded - bytes);
   if (poison && bytes != 0) {
     const Opened open(data, bytes);
     std::memset(data, 0xff, bytes);  // NaN in every float format here
@@ -88,10 +96,12 @@ void release(void* memory) {
   if (memory == nullptr) return;
   const auto it = mappings().find(static_cast<char*>(memory));
   if (it == mappings().end()) throw std::out_of_range("not the start of an allocation of the shim");
-#if defined(__SANITIZE_ADDRESS__)
-  __asan_unpoison_memory_region(it->second.base, it->second.mapped);
-#endif
-  munmap(it->second.base, it->second.mapped);
+  const Mapping& m = it->second;
+  char* const inner = m.base + kGuard;
+  char* const end = m.base + m.mapped - kGuard;
+  allow(inner, static_cast<size_t>(it->first - inner));
+  allow(it->first + m.bytes, static_cast<size_t>(end - (it->first + m.bytes)));
+  munmap(m.base, m.mapped);
   mappings().erase(it);
 }
 

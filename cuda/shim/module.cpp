@@ -105,13 +105,11 @@ AttentionParams attention_params(const py::dict& fields) {
   return p;
 }
 
-// Plans and attends, `launches` times over one plan, as layers do.
-void paged_attention(const py::dict& fields, uintptr_t plan, uintptr_t workspace, int launches) {
+// `planned`: by a call before this one, of a layer that agrees with this one.
+void paged_attention(const py::dict& fields, uintptr_t plan, uintptr_t workspace, bool planned) {
   const AttentionParams p = attention_params(fields);
-  gpu::plan_attention(p, reinterpret_cast<void*>(plan), nullptr);
-  for (int i = 0; i < launches; ++i) {
-    gpu::paged_attention(p, reinterpret_cast<void*>(plan), reinterpret_cast<void*>(workspace), nullptr);
-  }
+  if (!planned) gpu::plan_attention(p, reinterpret_cast<void*>(plan), nullptr);
+  gpu::paged_attention(p, reinterpret_cast<void*>(plan), reinterpret_cast<void*>(workspace), nullptr);
 }
 
 // Addresses and strides of one output, as PartialOutput has them.
@@ -199,7 +197,7 @@ PYBIND11_MODULE(PAGEDCORE_SHIM_MODULE, m) {
   m.def("plan_bytes", [](const py::dict& fields) { return gpu::plan_bytes(shim::attention_params(fields)); });
   m.def("workspace_bytes", [](const py::dict& fields) { return gpu::workspace_bytes(shim::attention_params(fields)); });
   m.def("paged_attention", &shim::paged_attention, py::arg("fields"), py::arg("plan"), py::arg("workspace"),
-        py::arg("launches") = 1);
+        py::arg("planned") = false);
   py::class_<shim::Recording>(m, "Recording", py::module_local(),
                               "Launches from now until stop() are put aside; replay() runs them.")
       .def(py::init<>())

@@ -203,7 +203,7 @@ void on_bad_address(int, siginfo_t* info, void* context) {
   }
   bad_address_at = static_cast<char*>(info->si_addr);
   auto& registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
-  registers[REG_RSP] = reinterpret_cast<greg_t>(r.running->fiber.stack_top()) - 8;
+  registers[REG_RSP] = reinterpret_cast<greg_t>(r.running->fiber.give_up()) - 8;
   registers[REG_RIP] = reinterpret_cast<greg_t>(&bad_address);
 }
 
@@ -250,6 +250,8 @@ void run(const LaunchShape& shape, const std::function<void()>& body) {
   std::vector<char>(shape.shared_bytes + 2 * kSharedAlignment).swap(r.shared);
   r.shared_begin = r.shared.data() + kSharedAlignment - reinterpret_cast<uintptr_t>(r.shared.data()) % kSharedAlignment;
   r.shared_bytes = shape.shared_bytes;
+  forbid(r.shared.data(), static_cast<size_t>(r.shared_begin - r.shared.data()));
+  forbid(r.shared_begin + r.shared_bytes, r.shared.size() - r.shared_bytes - (r.shared_begin - r.shared.data()));
   r.body = &body;
   r.faulted = false;
   r.index.grid = shape.grid;

@@ -1,5 +1,7 @@
 #include "warp.h"
 
+#include <vector>
+
 #include "races.h"
 
 namespace pagedcore::shim {
@@ -48,9 +50,22 @@ void load_matrices(void** operands) {
   }
 }
 
+// What every pattern of 16 bits means: read for each element of each product, where computing it takes as long as the
+// product.
+template <class T>
+const float* values() {
+  static const std::vector<float> all = [] {
+    std::vector<float> found(size_t{1} << 16);
+    for (size_t bits = 0; bits < found.size(); ++bits) found[bits] = to_float(T{static_cast<uint16_t>(bits)});
+    return found;
+  }();
+  return all.data();
+}
+
 template <class T>
 void gather(void** operands, float (&a)[16][16], float (&b)[16][8]) {
-  const auto element = [](uint32_t pair, int which) { return to_float(T{half_of(pair, which)}); };
+  const float* const value = values<T>();
+  const auto element = [value](uint32_t pair, int which) { return value[half_of(pair, which)]; };
   for (int lane = 0; lane < kWarpSize; ++lane) {
     const Product& p = at<Product>(operands, lane);
     const int group = lane / 4, pair = lane % 4 * 2;

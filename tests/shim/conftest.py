@@ -1,65 +1,81 @@
-"""Builds the GPU kernels under the host shim: once plain, once with the race check.
+"""The shim's builds as fixtures.
 
-PAGEDCORE_TEST_KERNELS names another directory to take the kernels from: mutants.py plants faults in a copy.
+A run can be confined to one build: PAGEDCORE_TEST_SHIM names it (plain, races or address). test_shim_address.py starts
+such a run in a process that has the sanitizer, and mutants.py starts them on builds with a fault, which
+PAGEDCORE_TEST_SHIM_LIBRARY names. The name cuda runs tests of the plain build on a GPU instead.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
+import shim_build
+from cuda_gpu import CudaGpu
 
-if TYPE_CHECKING:
-    from types import ModuleType
-
-ROOT = Path(__file__).resolve().parents[2]
-KERNELS = Path(os.environ.get("PAGEDCORE_TEST_KERNELS") or ROOT / "cuda" / "gpu").resolve()
+ONLY = os.environ.get("PAGEDCORE_TEST_SHIM")
+LIBRARY = os.environ.get("PAGEDCORE_TEST_SHIM_LIBRARY")
 
 
-def build(check: str) -> ModuleType:
-    """Compiles cuda/shim with CMake into build/shim-<check>, or nothing if nothing changed, and loads the module."""
-    directory = ROOT / "build" / f"shim-{check}"
-    if KERNELS != ROOT / "cuda" / "gpu":
-        directory = KERNELS.parent / f"shim-{check}"
-    pybind11 = subprocess.run(
-        [sys.executable, "-m", "pybind11", "--cmakedir"], check=True, capture_output=True, text=True
-    ).stdout.strip()
-    configure = [
-        *("cmake", "-S", str(ROOT / "cuda" / "shim"), "-B", str(directory), "-G", "Ninja"),
-        *(f"-Dpybind11_DIR={pybind11}", f"-DPython_EXECUTABLE={sys.executable}", f"-DPAGEDCORE_SHIM_CHECK={check}"),
-        f"-DPAGEDCORE_GPU_DIR={KERNELS}",
-    ]
-    # CMake and Ninja come with the interpreter's environment, which need not be activated.
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    for command in (configure, ["cmake", "--build", str(directory)]):
-        result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        if result.returncode != 0:
-            pytest.fail(f"{' '.join(command)}:\n{result.stdout}{result.stderr}", pytrace=False)
-    (library,) = directory.glob("_shim*.so")
-    spec = importlib.util.spec_from_file_location(library.name.partition(".")[0], library)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def build(check: str) -> Path:
+    if LIBRARY:
+        return Path(LIBRARY)
+    try:
+        return shim_build.build(check)
+    except shim_build.BuildError as error:
+        pytest.fail(str(error), pytrace=False)
 
 
 @pytest.fixture(scope="session")
 def plain_shim() -> Any:
-    return build("none")
+    if ONLY == "cuda":
+        return CudaGpu()
+    return shim_build.load(build("none"))
 
 
 @pytest.fixture(scope="session")
 def race_shim() -> Any:
-    return build("races")
+    return shim_build.load(build("races"))
 
 
-@pytest.fixture(params=["plain", "races"])
+@pytest.fixture(scope="session")
+def address_library() -> Path:
+    """Not loaded: that takes a process that has the sanitizer from its start."""
+    return build("address")
+
+
+@pytest.fixture(scope="session")
+def address_shim(address_library: Path) -> Any:
+    return shim_build.load(address_library)
+
+
+FIXTURES = {"plain": "plain_shim", "races": "race_shim", "address": "address_shim"}
+ON_GPU = ("test_shim_attention", "test_shim_properties", "test_shim_sweep")  # whose tests attend and do nothing else
+
+
+@pytest.fixture(params=[ONLY.replace("cuda", "plain")] if ONLY else ["plain", "races"])
 def shim(request: pytest.FixtureRequest) -> Any:
     """The shim's module, in each of its builds."""
-    return request.getfixturevalue("plain_shim" if request.param == "plain" else "race_shim")
+    return request.getfixturevalue(FIXTURES[request.param])
+
+
+def runs(item: pytest.Item) -> bool:
+    """Whether a test belongs to this run: its build is wanted, and has its head size."""
+    fixtures = getattr(item, "fixturenames", ())
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    built = (
+        parameters["shim"] if "shim" in parameters else next((b for b, f in FIXTURES.items() if f in fixtures), None)
+    )
+    if ONLY and built != ONLY:
+        return False
+    tiled = parameters.get("head_dim") in shim_build.TILED_HEAD_DIMS
+    return built not in ("races", "address") or not tiled or parameters["head_dim"] in shim_build.CHECKED_HEAD_DIMS
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    left_out = [item for item in items if here in item.path.parents and not runs(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
+from cuda_gpu import CudaGpu
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -90,6 +91,7 @@ class Attention:
         softcap: float = 0.0,
         alibi_slopes: torch.Tensor | None = None,
         sinks: torch.Tensor | None = None,
+        split_size: int | None = None,
         block_table_rows: torch.Tensor | None = None,
         block_stride: int | None = None,
         k_scale: torch.Tensor | None = None,
@@ -113,8 +115,7 @@ class Attention:
             "block_table": device.upload(batch.block_table),
             "seq_lens": device.upload(batch.seq_lens),
             "query_start_loc": device.upload(batch.query_start_loc),
-            "out": device.allocate(self.out_like.nbytes),
-            "lse": device.allocate(self.lse_like.nbytes),
+            **self._outputs(),
             "query_token_stride": batch.query.stride(0),
             "query_head_stride": batch.query.stride(1),
             "block_table_stride": batch.block_table.stride(0),
@@ -137,6 +138,7 @@ class Attention:
             "scale": head_dim**-0.5,
             "causal": causal,
             "softcap": softcap,
+            "split_size": -1 if split_size is None else split_size,
             "dtype": ELEMENT[batch.query.dtype],
         }
         if batch.k_cache.dtype != batch.query.dtype:
@@ -148,7 +150,7 @@ class Attention:
         self.fields |= {name: device.upload(tensor) for name, tensor in optional.items() if tensor is not None}
 
     def launch(self, kernel: str, grid: int = 6, launches: int = 1) -> None:
-        """By "generic", or "tiled" or "any" on a device of `grid` multiprocessors, so many times over one plan."""
+        """By "generic", or "tiled" or "any" on a device of `grid` multiprocessors, by so many layers that share a plan."""
         shim = self.device.shim
         if kernel == "generic":
             shim.attention_generic(self.fields)
@@ -156,7 +158,14 @@ class Attention:
         assert kernel == "any" or shim.why_not_tiled(self.fields) is None
         shim.set_multiprocessors(grid)
         plan, workspace = (self.device.allocate(size(self.fields)) for size in (shim.plan_bytes, shim.workspace_bytes))
-        shim.paged_attention(self.fields, plan, workspace, launches)
+        for layer in range(launches):
+            self.fields |= self._outputs()  # of its own, so that a launch that writes nothing is seen
+            shim.paged_attention(self.fields, plan, workspace, planned=layer > 0)
+
+    def _outputs(self) -> dict[str, int]:
+        return {
+            name: self.device.allocate(like.nbytes) for name, like in (("out", self.out_like), ("lse", self.lse_like))
+        }
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(out, lse)."""
@@ -167,7 +176,12 @@ class Attention:
 def attend(
     shim: Any, batch: Batch, kernel: str, *, grid: int = 6, launches: int = 1, seed: int = 0, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) of `batch` by one of the GPU kernels, "generic" or "tiled"; options as `Attention` has them."""
+    """(out, lse) of `batch` by one of the kernels, "generic" or "tiled", on the shim or a GPU.
+
+    Options as `Attention` has them.
+    """
+    if isinstance(shim, CudaGpu):
+        return shim.attend(batch, kernel, launches=launches, **options)
     shim.set_seed(seed)
     with Device(shim) as device:
         attention = Attention(device, batch, **options)

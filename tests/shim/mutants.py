@@ -1,96 +1,167 @@
 """Plants one fault after another in a copy of the GPU kernels and runs the shim's tests on each: all must be caught.
 
-    python tests/shim/mutants.py        (half a minute a fault; prints "caught N of N" last)
+    python tests/shim/mutants.py        (some seconds a fault; prints "caught N of N" last)
+    python tests/shim/mutants.py fence  (only those with this in their name)
 
-A fault counts as caught if a test fails or the process dies.
+A fault counts as caught if a test fails or the process dies. For each only the files are compiled that see it, and only
+the tests run that are named with it, in the build that can show it.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+import shim_build
+
+# Tests that faults are caught by.
+CUT = "test_shim_attention.py::test_decode_however_the_work_is_cut"
+LAYOUTS = "test_shim_attention.py::test_decode_layouts"
+GROUPS = "test_shim_attention.py::test_decode_groups"
+WINDOW = "test_shim_attention.py::test_decode_window"
+BLOCKS = "test_shim_attention.py::test_decode_ignores_blocks_out_of_range"
+TABLE_END = "test_shim_attention.py::test_lengths_past_the_table_read_nothing_outside_it"
+NAN = "test_shim_attention.py::test_nan_where_a_query_looks_shows"
+FAR = "test_shim_attention.py::test_offsets_past_32_bits"
+GENERIC = "test_shim_attention.py::test_generic"
+PADDING = "test_shim_attention.py::test_tokens_of_no_sequence_are_zero"
+LAYERS = "test_shim_properties.py::test_layers_that_share_a_plan"
+GROWING = "test_shim_properties.py::test_scores_that_grow"
+WRITE = "test_shim_cache.py::test_reshape_and_cache"
+MOVE = "test_shim_cache.py::test_copy_and_zero"
+UPDATE = "test_shim_cache.py::test_update_block_table"
+
+CHECKS = {"plain": "none", "races": "races"}  # PAGEDCORE_TEST_SHIM -> PAGEDCORE_SHIM_CHECK
+HEAD_DIMS = (64,)  # what the tests above use
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """A fault: `old`, which stands once in `file`, becomes `new`."""
+    """A fault: `old`, which stands once in `file`, becomes `new`; `test` must catch it in `build`."""
 
     name: str
     file: str
     old: str
     new: str
+    test: str
+    build: str = "plain"
 
 
 MUTANTS = [
     Mutant(
-        "missing barrier before the merge", "decode.cu", "    sync_threads();  // the records take the place", "    // "
+        "missing barrier before the merge",
+        "decode.cu",
+        "    sync_threads();  // the records take the place",
+        "    // ",
+        CUT,
+        "races",
     ),
     Mutant(
         "missing barrier in the plan's scan",
         "plan.cu",
         "    sums[t] += left;\n    sync_threads();",
         "    sums[t] += left;",
+        CUT,
+        "races",
     ),
-    Mutant("missing wait", "decode.cu", "cp_async_wait<kStages - 2>();", "cp_async_wait<kStages - 1>();"),
-    Mutant("missing sync_warp", "decode.cu", "    sync_warp();  // what every lane copied", "    // "),
+    Mutant("missing wait", "decode.cu", "cp_async_wait<kStages - 2>();", "cp_async_wait<kStages - 1>();", CUT),
+    Mutant("missing sync_warp", "decode.cu", "    sync_warp();  // what every lane copied", "    // ", CUT, "races"),
     Mutant(
         "divergent barrier",
         "decode.cu",
         "    sync_threads();  // the pipelines take the place",
         "    if (thread_id() != 3) sync_threads();  // ",
+        CUT,
     ),
-    Mutant("off-by-one page", "page_of_key.h", "index = key / p.block_size", "index = (key + 1) / p.block_size"),
+    Mutant("off-by-one page", "page_of_key.h", "index = key / p.block_size", "index = (key + 1) / p.block_size", CUT),
     Mutant(
         "wrong stage index",
         "decode.cu",
         "const int slot = stage % kStages;\n    const char*",
         "const int slot = (stage + 1) % kStages;\n    const char*",
+        CUT,
     ),
-    Mutant("unmasked tail", "rows.h", "key < row.end", "key <= row.end"),
-    Mutant("unmasked window edge", "rows.h", "row.position - key < reach", "row.position - key <= reach"),
-    Mutant("bad block id", "page_of_key.h", "block >= 0 && block < p.num_blocks", "block >= 0"),
-    Mutant("table read past its end", "page_of_key.h", " || index >= p.max_blocks", ""),
+    Mutant("unmasked tail", "rows.h", "key < row.end", "key <= row.end", CUT),
+    Mutant("unmasked window edge", "rows.h", "row.position - key < reach", "row.position - key <= reach", WINDOW),
+    Mutant("bad block id", "page_of_key.h", "block >= 0 && block < p.num_blocks", "block >= 0", BLOCKS),
+    Mutant("table read past its end", "page_of_key.h", " || index >= p.max_blocks", "", TABLE_END),
     Mutant(
         "NaN hidden",
         "finish.h",
-        "f.rounded == 0.0f ? 0.0f : f.o / f.rounded",
-        "f.rounded > 0.0f ? f.o / f.rounded : 0.0f",
+        "total.w == 0.0f ? 0.0f : f.o",
+        "!(total.w > 0.0f) ? 0.0f : f.o",
+        NAN,
     ),
     Mutant(
         "missing fence before the last arriver's merge",
         "finish.h",
         "    device::fence();\n    *arrived",
         "    *arrived",
+        CUT,
+        "races",
     ),
     Mutant(
         "missing fence after the last arrival",
         "finish.h",
         "counters + first, 1);\n    device::fence();",
         "counters + first, 1);",
+        CUT,
+        "races",
     ),
-    Mutant(
-        "int32 offset",
-        "load.h",
-        "block * p.k.block_stride",
-        "static_cast<int32_t>(block * p.k.block_stride)",
-    ),
-    Mutant("V of unwritten slots", "load.h", "v + v_at, readable);", "v + v_at, true);"),
+    Mutant("int32 offset", "load.h", "block * p.k.block_stride", "static_cast<int32_t>(block * p.k.block_stride)", FAR),
+    Mutant("V of unwritten slots", "load.h", "v + v_at, readable);", "v + v_at, true);", CUT),
     Mutant(
         "merge before the last piece",
         "finish.h",
         "if (*arrived != last - first) return;",
         "if (*arrived + 1 < last - first) return;",
+        CUT,
+        "races",
     ),
-    Mutant("counter not reset", "finish.h", "if (device::thread_id() == 0) plan.counters[first] = 0;", "//"),
-    Mutant("sum not rescaled", "state.h", "      state.rounded[half] *= factor;\n", ""),
-    Mutant("rows of the next tile", "rows.h", "s.row_tile * kTileRows + r;", "s.row_tile * (kTileRows - 1) + r;"),
+    Mutant("counter not reset", "finish.h", "if (device::thread_id() == 0) plan.counters[first] = 0;", "//", LAYERS),
+    Mutant("sum not rescaled", "state.h", "      state.rounded[half] *= factor;\n", "", GROWING),
+    Mutant(
+        "rows of the next tile", "rows.h", "s.row_tile * kTileRows + r;", "s.row_tile * (kTileRows - 1) + r;", GROUPS
+    ),
+    Mutant(
+        "missing sync_warp in the generic kernel",
+        "attention_generic.cu",
+        "  sync_warp();\n\n  const ScoreRule rule",
+        "\n  const ScoreRule rule",
+        GENERIC,
+        "races",
+    ),
+    Mutant(
+        "int32 offset in the generic kernel",
+        "attention_generic.cu",
+        "block * p.k.block_stride + kv_head",
+        "static_cast<int32_t>(block * p.k.block_stride) + kv_head",
+        FAR,
+    ),
+    Mutant("padding rows not cleared", "finish.h", "out[d] = T{};", ";", PADDING),
+    Mutant(
+        "slot past the cache written",
+        "cache_ops.cu",
+        "if (slot >= params.num_blocks * p.block_size) {",
+        "if (slot > INT64_MAX - 1) {",
+        WRITE,
+    ),
+    Mutant(
+        "copy from a block out of range",
+        "cache_ops.cu",
+        "if (id >= 0 && id < region.num_blocks) return true;",
+        "if (id >= 0) return true;",
+        MOVE,
+    ),
+    Mutant("table change out of range", "cache_ops.cu", "index < 0 || index >= p.columns", "index < 0", UPDATE),
 ]
 
 
@@ -103,52 +174,99 @@ def plant(mutant: Mutant, directory: Path) -> None:
     path.write_text(text.replace(mutant.old, mutant.new))
 
 
-def passes(kernels: Path) -> bool:
-    """Whether the tests of attention pass on the kernels in this directory."""
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            str(ROOT / "tests" / "shim" / "test_shim_attention.py"),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "PAGEDCORE_TEST_KERNELS": str(kernels)},
+class Baseline:
+    """The kernels without a fault, compiled once: all that a mutant leaves as it is comes from here."""
+
+    def __init__(self, build: str, scratch: Path) -> None:
+        self.directory = scratch / f"shim-{build}"
+        self.kernels = scratch / "gpu"
+        self.library = shim_build.build(
+            CHECKS[build], kernels=self.kernels, directory=self.directory, head_dims=HEAD_DIMS
+        )
+        *compilations, self.link = self._ninja("commands", self.library.name).splitlines()
+        self.compilations = {_after(command, "-o"): command for command in compilations if " -o " in command}
+        self.sources: dict[str, str] = {}  # object -> the files that it was compiled from, a line each
+        for entry in self._ninja("deps").split("\n\n"):
+            name, _, files = entry.partition(":")
+            self.sources[name.strip()] = files
+
+    def _ninja(self, tool: str, *arguments: str) -> str:
+        return shim_build.run_command(["ninja", "-t", tool, *arguments], cwd=self.directory)
+
+    def compile(self, mutant: Mutant, directory: Path) -> Path:
+        """The library with the fault in it, in `directory`, which has its kernels in `gpu`."""
+        link = shlex.split(self.link)
+        for name, command in self.compilations.items():
+            if f"{self.kernels / mutant.file}\n" not in self.sources[name] + "\n":
+                continue
+            to = directory / name.replace("/", "_")
+            changed, words = [], iter(shlex.split(command))
+            for word in words:
+                if word in ("-MT", "-MF", "-o"):
+                    next(words)
+                elif word != "-MD":
+                    changed.append(word.replace(str(self.kernels), str(directory / "gpu")))
+            changed += ["-o", str(to)]
+            shim_build.run_command(changed, cwd=self.directory)
+            link = [str(to) if argument == name else argument for argument in link]
+        library = directory / self.library.name
+        link = [str(library) if argument == self.library.name else argument for argument in link]
+        shim_build.run_command(["bash", "-c", " ".join(_quoted(argument) for argument in link)], cwd=self.directory)
+        return library
+
+
+def _after(command: str, option: str) -> str:
+    words = shlex.split(command)
+    return words[words.index(option) + 1]
+
+
+def _quoted(argument: str) -> str:
+    return argument if argument in ("&&", ":") else shlex.quote(argument)
+
+
+def passes(build: str, library: Path, tests: list[str]) -> bool:
+    """Whether these tests pass on this library; anything but that or a failure ends the run."""
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *(str(here / test) for test in tests)],
+        cwd=shim_build.ROOT,
+        env={**os.environ, "PAGEDCORE_TEST_SHIM": build, "PAGEDCORE_TEST_SHIM_LIBRARY": str(library)},
         capture_output=True,
         text=True,
         check=False,
     )
-    if "PAGEDCORE_SHIM_CHECK" in result.stdout:  # the build's own command, which only a failed build prints
-        sys.exit(f"the kernels do not compile:\n{result.stdout}")
-    return result.returncode == 0
+    if done.returncode > 1 or (done.returncode == 1 and "FAILED" not in done.stdout):
+        sys.exit(f"the tests could not run:\n{done.stdout}{done.stderr}")
+    return done.returncode == 0  # negative: killed by a signal
 
 
-def main() -> int:
-    """Runs them all; 0 if each was caught and the kernels without a fault pass."""
-    caught = 0
-    with tempfile.TemporaryDirectory() as scratch:
-        kernels = Path(scratch) / "gpu"
+def main(pattern: str = "") -> int:
+    """Runs them all, or those whose names have `pattern`; 0 if each was caught and the unchanged kernels pass."""
+    mutants = [mutant for mutant in MUTANTS if pattern in mutant.name]
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = Path(temporary)
+        shutil.copytree(shim_build.GPU, scratch / "gpu")
+        baselines = {build: Baseline(build, scratch) for build in sorted({mutant.build for mutant in mutants})}
+        for build, baseline in baselines.items():
+            if not passes(build, baseline.library, sorted({m.test for m in mutants if m.build == build})):
+                sys.exit(f"the tests fail on the kernels as they are ({build} build)")
 
-        def fresh() -> None:
-            shutil.rmtree(kernels, ignore_errors=True)
-            shutil.copytree(ROOT / "cuda" / "gpu", kernels)  # with the files' times: what did not change is not rebuilt
+        def run(mutant: Mutant) -> bool:
+            start = time.monotonic()
+            directory = Path(tempfile.mkdtemp(dir=scratch))
+            shutil.copytree(scratch / "gpu", directory / "gpu")
+            plant(mutant, directory / "gpu")
+            library = baselines[mutant.build].compile(mutant, directory)
+            found = not passes(mutant.build, library, [mutant.test])
+            shutil.rmtree(directory)
+            print(f"{'caught' if found else 'MISSED'}: {mutant.name} ({time.monotonic() - start:.0f} s)", flush=True)
+            return found
 
-        fresh()
-        if not passes(kernels):
-            sys.exit("the tests fail on the kernels as they are")
-        for mutant in MUTANTS:
-            fresh()
-            plant(mutant, kernels)
-            found = not passes(kernels)
-            caught += found
-            print(f"{'caught' if found else 'MISSED'}: {mutant.name}", flush=True)
-    print(f"caught {caught} of {len(MUTANTS)}")
-    return 0 if caught == len(MUTANTS) else 1
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            caught = sum(pool.map(run, mutants))
+    print(f"caught {caught} of {len(mutants)}")
+    return 0 if mutants and caught == len(mutants) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import mutants
 import pytest
+import shim_build
+import test_shim_address
 
 # What is found in any build, and with which words. The rest are races, which only the race check sees for certain.
 FAULTS = {
@@ -20,11 +23,12 @@ FAULTS = {
     "out of bounds": "invalid memory access",
     "unfinished copy": "never waited for",
 }
+EXACT = tuple(test_shim_address.FAULTS)
 RACES = ("missing barrier", "missing warp barrier", "missing fence", "missing acquire", "overwritten copy")
 
 
 def test_every_planted_fault_is_in_one_of_the_lists(plain_shim: Any) -> None:
-    assert set(plain_shim.faulty_kernels()) == {"none", *FAULTS, *RACES}
+    assert set(plain_shim.faulty_kernels()) == {"none", *FAULTS, *RACES, *EXACT}
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -89,4 +93,6 @@ def test_memory_is_checked(plain_shim: Any) -> None:
 @pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda mutant: mutant.name)
 def test_planted_faults_have_their_place(mutant: mutants.Mutant) -> None:
     """`make shim-mutants` is not run with the tests; that it can run is checked here."""
-    assert (mutants.ROOT / "cuda" / "gpu" / mutant.file).read_text().count(mutant.old) == 1
+    assert (shim_build.GPU / mutant.file).read_text().count(mutant.old) == 1
+    file, _, test = mutant.test.partition("::")
+    assert f"def {test}(" in (Path(__file__).parent / file).read_text()

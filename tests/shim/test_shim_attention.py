@@ -164,6 +164,7 @@ def test_table_rows(plain_shim: Any, kernel: str) -> None:
     assert (wrong == 0).all()
 
 
+@pytest.mark.shim_only
 def test_a_recorded_step_runs_with_other_lengths(shim: Any) -> None:
     """As a CUDA graph does: the plan is made anew at each replay, from what the device holds then."""
     batch = make_batch([100, 300, 0, 64], [1] * 4, dtype=torch.float16)
@@ -186,6 +187,7 @@ def test_offsets_past_32_bits(plain_shim: Any, kernel: str) -> None:
     check(batch, *attend(plain_shim, batch, kernel, block_stride=2**31))
 
 
+@pytest.mark.shim_only
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
