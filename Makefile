@@ -89,13 +89,26 @@ test-shim: $(READY) ## The GPU kernels under the host shim (part of `make test`;
 	@.venv/bin/python -m pytest tests/shim $(ARGS)
 
 .PHONY: shim-mutants
-shim-mutants: $(READY) ## Plant faults in the GPU kernels one at a time: the shim's tests must catch each (10 minutes)
+shim-mutants: $(READY) ## Plant faults in the GPU kernels one at a time: the shim's tests must catch each (4 minutes)
 	@.venv/bin/python tests/shim/mutants.py
 
 .PHONY: cuda-gates
 cuda-gates: $(BUILT) ## Build the GPU kernels into the package with nvcc; no spills, registers within budget (minutes the first time)
 	$(say) "the GPU kernels, by nvcc for every image"
 	@.venv/bin/python .ci/cuda-gates
+
+# The gpu-checks need no .venv: they run with the python3 of a machine that has a GPU, and with what is there.
+.PHONY: gpu-check-core
+gpu-check-core: ## On a machine with a GPU: the device tests (8 minutes); ARGS=--rehearse without one
+	@python3 bench/gpu_check.py core $(ARGS)
+
+.PHONY: gpu-check-sanitizer
+gpu-check-sanitizer: ## On a machine with a GPU: compute-sanitizer's four tools on small shapes (5 minutes)
+	@python3 bench/gpu_check.py sanitizer $(ARGS)
+
+.PHONY: gpu-wheels
+gpu-wheels: $(TOOLS) ## Gather what a GPU machine without a network needs to compare with other libraries, into .gpu-wheels
+	@.venv/bin/python bench/gpu_wheels.py
 
 .PHONY: bench
 bench: $(READY) ## The microbenchmarks

@@ -243,12 +243,16 @@ OUT_GATE = {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 3e-3}
 LSE_GATE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-3}
 
 
-def check(batch: Batch, out: torch.Tensor, lse: torch.Tensor | None = None, **options: Any) -> None:
+def check(
+    batch: Batch, out: torch.Tensor, lse: torch.Tensor | None = None, *, row_factor: float = 2, **options: Any
+) -> None:
     """Compares a result with the oracle: over the whole batch, and row by row.
 
+    No element errs by more than twice the largest error that the best algorithm makes in the batch.
     A row is one token's output of one head. Its error stays under the gate too, or, where it is so short or its values
-    cancel so far that rounding alone exceeds the gate, under twice what the best algorithm makes of that row (and the
-    last bit of a float32 near 1). No element errs by more than twice that algorithm's largest error in the row.
+    cancel so far that rounding alone exceeds the gate, under `row_factor` times what the best algorithm makes of that
+    row (and the last bit of a float32 near 1). No element errs by more than so many times that algorithm's largest
+    error in the row. Among a million rows there are some where that algorithm was lucky: a sweep allows them more.
     """
     want, want_lse = batch.expected(**options)
     got = out.double().cpu().numpy()
@@ -260,11 +264,13 @@ def check(batch: Batch, out: torch.Tensor, lse: torch.Tensor | None = None, **op
 
     best = rounding_error(want, out.dtype, *batch.arrays, **options)
     size = np.linalg.norm(want, axis=2)
-    allowed = np.maximum(gate * size, 2 * (np.linalg.norm(best, axis=2) + np.finfo(np.float32).eps))
+    allowed = np.maximum(gate * size, row_factor * (np.linalg.norm(best, axis=2) + np.finfo(np.float32).eps))
     row_error = np.linalg.norm(got - want, axis=2)
     _refuse_where(row_error > allowed, row_error, allowed, "row")
-    peak, allowed = np.abs(got - want).max(2), 2 * best.max(2) + 1e-5
+    peak, allowed = np.abs(got - want).max(2), row_factor * best.max(2) + 1e-5
     _refuse_where(peak > allowed, peak, allowed, "element")
+    most = 2 * best.max(initial=0) + 1e-5
+    assert peak.max(initial=0) <= most, f"element error {peak.max():.2e}, allowed {most:.2e}"
 
     empty = np.isneginf(want_lse)
     assert (got[empty] == 0).all()

@@ -150,7 +150,7 @@ class Attention:
         self.fields |= {name: device.upload(tensor) for name, tensor in optional.items() if tensor is not None}
 
     def launch(self, kernel: str, grid: int = 6, launches: int = 1) -> None:
-        """By "generic", or "tiled" or "any" on a device of `grid` multiprocessors, by so many layers that share a plan."""
+        """By "generic", or "tiled" or "any" on a device of `grid` multiprocessors, by layers that share a plan."""
         shim = self.device.shim
         if kernel == "generic":
             shim.attention_generic(self.fields)

@@ -1,0 +1,269 @@
+"""Checks on a machine with a GPU: `make gpu-check-core` and `make gpu-check-sanitizer`.
+
+    python3 bench/gpu_check.py core|sanitizer [--rehearse]
+
+Needs this source tree with `python/pagedcore/_core.abi3.so` in it (built anywhere: it runs under every Python from 3.11
+on), and on the machine: nvcc 12.4 or newer, CMake, ninja, pybind11, torch with CUDA, numpy, pytest and, for the model,
+transformers. No Rust, no network. `_kernels` is compiled first, for this GPU and this Python alone, into
+build/gpu-check, where a package of its own is put together: the tree is left as it is.
+
+--rehearse does without a GPU what can be done there: the same script, the same tests on the host shim and on the CPU.
+
+Prints a table last. Results go to $OUT where that is set, else to bench/results/<gpu>.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+import xml.etree.ElementTree as ET
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+WORK = ROOT / "build" / "gpu-check"
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+
+
+@dataclass
+class Step:
+    """One row of the table."""
+
+    name: str
+    result: str  # passed, failed, not run
+    seconds: float = 0.0
+    detail: str = ""
+
+
+@dataclass
+class Report:
+    """What one call found."""
+
+    mode: str
+    rehearsal: bool
+    machine: dict[str, Any] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
+
+    def add(self, name: str, result: str, seconds: float = 0.0, detail: str = "") -> None:
+        """Records a row, and prints it."""
+        self.steps.append(Step(name, result, round(seconds, 1), detail))
+        print(f"==> {name}: {result} {detail}", flush=True)
+
+    @property
+    def failed(self) -> bool:
+        """Whether any step did."""
+        return any(step.result == "failed" for step in self.steps)
+
+    def write(self, directory: Path) -> None:
+        """As <mode>.json."""
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / f"{self.mode}.json").write_text(json.dumps({"schema": 1, **asdict(self)}, indent=1) + "\n")
+
+    def print(self) -> None:
+        """The table."""
+        machine = ", ".join(f"{name} {value}" for name, value in self.machine.items())
+        print(f"\ngpu-check {self.mode}{' (rehearsal: no GPU)' if self.rehearsal else ''}: {machine}")
+        for step in self.steps:
+            print(f"  {step.name:<34} {step.result:<8} {step.seconds:7.1f} s  {step.detail}")
+
+
+def run(command: list[str], log: Path, *, seconds: float, environment: dict[str, str] | None = None) -> int:
+    """Exit status of a command whose output goes to `log`; 124 where it ran out of time."""
+    with log.open("w") as output:
+        try:
+            done = subprocess.run(
+                command,
+                cwd=ROOT,
+                env={**os.environ, **(environment or {})},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                timeout=seconds,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            output.write(f"\nstopped after {seconds:.0f} s\n")
+            return 124
+    return done.returncode
+
+
+def tail(log: Path, lines: int = 60) -> str:
+    """The end of what a command printed."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def machine() -> dict[str, Any]:
+    """What the results were found on."""
+    import torch
+
+    facts = {"torch": torch.__version__, "python": ".".join(map(str, sys.version_info[:3])), "cpus": os.cpu_count()}
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        facts = {
+            "gpu": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "cuda": torch.version.cuda,
+            **facts,
+        }
+    return facts
+
+
+def image(capability: str) -> str:
+    """What CMake compiles for: Hopper's own instructions need the a."""
+    name = capability.replace(".", "")
+    return f"{name}a-real" if name == "90" else f"{name}-real"
+
+
+def build(report: Report) -> Path | None:
+    """A folder with the package pagedcore, its `_kernels` compiled for this GPU and Python; None where that failed."""
+    start = time.monotonic()
+    core = ROOT / "python" / "pagedcore" / "_core.abi3.so"
+    if not core.is_file():
+        report.add("build", "failed", detail=f"{core.relative_to(ROOT)} is missing: build the package, take it along")
+        return None
+    package = WORK / "site" / "pagedcore"
+    shutil.rmtree(package.parent, ignore_errors=True)
+    ignore = shutil.ignore_patterns("_kernels*.so", "__pycache__")
+    shutil.copytree(ROOT / "python" / "pagedcore", package, ignore=ignore)
+    (package.parent / "pagedcore-0.dist-info").mkdir()
+    version = re.search(r'^version = "([^"]+)"', (ROOT / "Cargo.toml").read_text(), re.MULTILINE)
+    assert version is not None
+    metadata = f"Metadata-Version: 2.1\nName: pagedcore\nVersion: {version[1]}\n"
+    (package.parent / "pagedcore-0.dist-info" / "METADATA").write_text(metadata)
+
+    import pybind11
+
+    directory = WORK / f"kernels-{sysconfig.get_config_var('SOABI')}"
+    configure = [
+        *("cmake", "-S", str(ROOT), "-B", str(directory), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"),
+        *(f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"),
+        f"-DPAGEDCORE_OUTPUT_DIR={package}",
+        f"-DPAGEDCORE_CUDA={'OFF' if report.rehearsal else 'ON'}",
+    ]
+    if not report.rehearsal:
+        configure.append(f"-DPAGEDCORE_CUDA_ARCHITECTURES={image(report.machine['capability'])}")
+    compile_ = ["cmake", "--build", str(directory), "--parallel", str(os.cpu_count())]
+    for name, command in (("configure", configure), ("compile", compile_)):
+        log = WORK / f"{name}.log"
+        if run(command, log, seconds=400) != 0:
+            report.add("build", "failed", time.monotonic() - start, f"see {log}")
+            print(tail(log))
+            return None
+    report.add("build", "passed", time.monotonic() - start, report.machine.get("capability", "CPU kernels alone"))
+    return package.parent
+
+
+def pytest(
+    report: Report, site: Path, name: str, tests: list[str], environment: dict[str, str], seconds: float
+) -> None:
+    """Runs tests against the package in `site`; one row."""
+    start = time.monotonic()
+    log, results = WORK / f"{name.replace(' ', '-')}.log", WORK / "results.xml"
+    results.unlink(missing_ok=True)
+    command = [
+        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", f"--junitxml={results}"),
+        *("-o", "filterwarnings=default", "-o", "timeout=0", *tests),
+    ]
+    paths = [str(site), os.environ.get("PYTHONPATH", "")]
+    environment = {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+    seconds *= 4 if report.rehearsal else 1  # the shim takes its time, and so do few cores
+    code = run(command, log, seconds=seconds, environment=environment)
+    counts = {}
+    if results.is_file():
+        suite = ET.parse(results).getroot()[0]
+        counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
+    detail = ", ".join(f"{value} {key}" for key, value in counts.items()) or f"exit status {code}"
+    report.add(name, "passed" if code == 0 else "failed", time.monotonic() - start, detail)
+    if code != 0:
+        print(tail(log), flush=True)
+
+
+def core(report: Report, site: Path) -> None:
+    """The tests that the shim runs, on the device; what only a device has; a model's answers."""
+    shim = "tests/shim"
+    build = "plain" if report.rehearsal else "cuda"
+    files = [f"{shim}/test_shim_attention.py", f"{shim}/test_shim_properties.py"]
+    pytest(report, site, "attention", files, {"PAGEDCORE_TEST_SHIM": build}, 150)
+    device = {"PAGEDCORE_TEST_DEVICE": "cpu" if report.rehearsal else "cuda"}
+    pytest(report, site, "graphs, cache, CuPy, model", ["tests/device"], device, 120)
+    pytest(report, site, "sweep", [f"{shim}/test_shim_sweep.py"], {"PAGEDCORE_TEST_SHIM": build}, 200)
+
+
+def sanitizer(report: Report, site: Path) -> None:
+    """compute-sanitizer's tools on small shapes, one after the other."""
+    tool_path = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    probe = [sys.executable, "-c", "import torch; torch.zeros(1, device='cuda').add_(1).item()"]
+    tests = [
+        "tests/shim/test_shim_attention.py::test_decode_window",
+        "tests/shim/test_shim_properties.py::test_layers_that_share_a_plan",
+        "tests/device/test_device.py::test_cache_ops_on_the_device",
+    ]
+    paths = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH", "")]))
+    environment = {"PYTHONPATH": paths, "PAGEDCORE_TEST_SHIM": "cuda", "PAGEDCORE_TEST_DEVICE": "cuda"}
+    # The caching allocator would hide what is out of bounds of a tensor and inside of its block.
+    environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    for tool in TOOLS:
+        start = time.monotonic()
+        log = WORK / f"{tool}.log"
+        sanitize = [tool_path, "--tool", tool, "--error-exitcode", "77"]
+        if not Path(tool_path).is_file():
+            report.add(tool, "not run", detail="compute-sanitizer was not found")
+            continue
+        if run([*sanitize, *probe], log, seconds=60) not in (0, 77) or "not supported" in log.read_text():
+            reason = next((line for line in log.read_text().splitlines() if "rror" in line or "support" in line), "")
+            report.add(tool, "not run", time.monotonic() - start, reason.strip()[:90])
+            continue
+        # Kernels of ours alone: torch's would take most of the time.
+        own = ["--kernel-name", "kernel_substring=pagedcore"]
+        command = [*sanitize, *own, sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+        command += ["-o", "filterwarnings=default", "-o", "timeout=0", *tests]
+        code = run(command, log, seconds=70, environment=environment)
+        summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", log.read_text(errors="replace"))
+        detail = summary[-1] if summary else f"exit status {code}"
+        if code == 124:
+            report.add(tool, "not run", time.monotonic() - start, "did not end in 70 s; no error until then")
+            continue
+        report.add(tool, "passed" if code == 0 else "failed", time.monotonic() - start, detail)
+        if code != 0:
+            print(tail(log), flush=True)
+
+
+def main() -> int:
+    """Runs one mode; 1 if a step failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("mode", choices=["core", "sanitizer"])
+    parser.add_argument("--rehearse", action="store_true", help="do what can be done without a GPU")
+    options = parser.parse_args()
+    WORK.mkdir(parents=True, exist_ok=True)
+    report = Report(options.mode, options.rehearse, machine())
+    if "gpu" not in report.machine and not options.rehearse:
+        sys.exit("gpu-check: torch sees no GPU here. --rehearse does what can be done without one.")
+    name = re.sub(r"[^a-z0-9]+", "-", str(report.machine.get("gpu", "none")).lower())
+    out = Path(os.environ.get("OUT") or ROOT / "bench" / "results" / name)
+    if options.rehearse:
+        out = WORK / "rehearsal"
+    site = build(report)
+    if site is not None:
+        if options.mode == "core":
+            core(report, site)
+        elif options.rehearse:
+            for tool in TOOLS:
+                report.add(tool, "not run", detail="needs a GPU")
+        else:
+            sanitizer(report, site)
+    report.write(out)
+    report.print()
+    return 1 if report.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""Gathers the wheels of other attention libraries, for a GPU machine without a network: `make gpu-wheels`.
+
+    python bench/gpu_wheels.py [--python 3.12] [--to .gpu-wheels]
+
+There: python3 -m pip install --no-index --no-deps --target peers .gpu-wheels/*.whl, and PYTHONPATH=peers. Only what is
+imported is taken: torch, numpy, packaging, tqdm and typing-extensions are expected on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+WHEELS = (
+    "flashinfer-python==0.6.11",  # paged decode and prefill; compiles its kernels when they are first called
+    "apache-tvm-ffi==0.1.11",
+    "click",
+    "einops",
+    "ninja",
+    "nvidia-ml-py",
+    "requests",
+    "tabulate",
+    "fa3-fwd==0.0.3",  # FlashAttention-3 forward for Hopper, on contiguous KV
+)
+LIMIT = 64 << 20  # bytes in all: what travels with a source tree
+# pip takes a platform tag only by its exact name.
+PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (17, 24, 27, 28, 31, 34, 35)] + ["manylinux2014_x86_64"]
+
+
+def main() -> int:
+    """Fetches them all anew; fails where they are more than may travel."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--python", default="3.12", help="the machine's Python (default: 3.12)")
+    parser.add_argument("--to", type=Path, default=ROOT / ".gpu-wheels", metavar="FOLDER")
+    options = parser.parse_args()
+    options.to.mkdir(parents=True, exist_ok=True)
+    for stale in options.to.glob("*.whl"):
+        stale.unlink()
+    target = [f"--platform={platform}" for platform in PLATFORMS]
+    target += [f"--python-version={options.python}", "--implementation=cp", "--only-binary=:all:", "--no-deps"]
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--dest", str(options.to)]
+    subprocess.run([*pip, *target, *WHEELS], check=True)
+    wheels = sorted(options.to.glob("*.whl"))
+    size = sum(wheel.stat().st_size for wheel in wheels)
+    for wheel in wheels:
+        print(f"{wheel.stat().st_size / 2**20:6.1f} MiB  {wheel.name}")
+    print(f"{size / 2**20:6.1f} MiB  {len(wheels)} wheels in {options.to}")
+    if size > LIMIT:
+        sys.exit(f"more than {LIMIT >> 20} MiB: they do not travel with the source tree")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
