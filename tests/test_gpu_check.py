@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -56,3 +57,25 @@ def test_a_command_that_hangs_is_stopped(gpu_check: ModuleType, tmp_path: Path) 
     log = tmp_path / "log"
     assert gpu_check.run([sys.executable, "-c", "import time; time.sleep(60)"], log, seconds=0.5) == 124
     assert "stopped after" in log.read_text()
+
+
+def test_the_shims_tests_are_chosen_for_a_gpu() -> None:
+    """Those that attend, and none that needs what only the shim has."""
+    root = SCRIPT.parents[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "tests/shim"],
+        cwd=root,
+        env={**os.environ, "PAGEDCORE_TEST_SHIM": "cuda"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    chosen = [line.partition("::")[::2] for line in done.stdout.splitlines() if "::" in line]
+    assert {Path(file).stem for file, _ in chosen} == {
+        "test_shim_attention",
+        "test_shim_properties",
+        "test_shim_sweep",
+    }
+    assert len(chosen) > 1000
+    assert not any("recorded" in test or "races" in test for _, test in chosen)

@@ -68,8 +68,11 @@ def runs(item: pytest.Item) -> bool:
     built = (
         parameters["shim"] if "shim" in parameters else next((b for b, f in FIXTURES.items() if f in fixtures), None)
     )
+    wanted = "plain" if ONLY == "cuda" else ONLY
     # The sanitizer ends a process that it was not in from the start.
-    if built != ONLY if ONLY else built == "address":
+    if built != wanted if wanted else built == "address":
+        return False
+    if ONLY == "cuda" and (item.path.stem not in ON_GPU or item.get_closest_marker("shim_only")):
         return False
     tiled = parameters.get("head_dim") in shim_build.TILED_HEAD_DIMS
     return built not in ("races", "address") or not tiled or parameters["head_dim"] in shim_build.CHECKED_HEAD_DIMS
