@@ -36,7 +36,7 @@ class AttentionStep:
     max_seq_len: int | None  # None: not known, as in a recorded step
     block_table_rows: torch.Tensor | None = None  # int32 [num_seqs]: the table's row of each sequence; None: row i
     workspace: torch.Tensor | None = None  # uint8, on a device: `ops.attention_workspace_size` bytes
-    _plans: dict[int | None, torch.Tensor] = field(default_factory=dict, repr=False)
+    _plans: dict[int | None, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def plan(
         self, query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, window: int | None
@@ -145,7 +145,7 @@ def paged_attention_forward(
     return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
 
 
-#: Arguments that models pass to attention and that change its result; the kernels have none of them yet.
+#: Arguments that models pass to attention, that change its result, and that are not handed on to the kernels.
 _REFUSED = {
     "position_bias": "position biases",
     "alibi": "ALiBi biases",
@@ -161,7 +161,7 @@ def _check_options(module: torch.nn.Module, attention_mask: torch.Tensor | None,
     for name, what in _REFUSED.items():
         if options.get(name) is not None:
             raise UnsupportedError(
-                f"{type(module).__name__} uses {what} ({name}), which the attention kernels do not have",
+                f"{type(module).__name__} uses {what} ({name}), which paged attention does not take",
                 hint="choose a model without it",
                 argument=name,
             )

@@ -70,6 +70,8 @@ class DecodeGraphs:
     """The recordings of one model."""
 
     def __init__(self, staging: DeviceStaging, forward: Forward, recorder: Recorder, max_num_seqs: int) -> None:
+        #: Sequences of each recording, ascending; empty for a model that cannot be recorded.
+        self.sizes: list[int] = []
         self._recordings: list[Recording] = []
         for batch in reversed(batch_sizes(max_num_seqs)):  # the largest first: the others fit its memory
             tensors = staging.decode_tensors(batch)
@@ -80,11 +82,7 @@ class DecodeGraphs:
                 self._recordings.clear()
                 return
             self._recordings.insert(0, Recording(batch, replay, logits))
-
-    @property
-    def sizes(self) -> list[int]:
-        """Sequences of each recording, ascending; empty for a model that cannot be recorded."""
-        return [recording.batch for recording in self._recordings]
+        self.sizes = [recording.batch for recording in self._recordings]
 
     def recording_for(self, plan: StepPlan) -> Recording | None:
         """The one to run a plan in: None if a sequence of it has more tokens or samples than one, or if it is larger

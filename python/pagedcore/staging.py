@@ -8,6 +8,7 @@ device, a row for each running sequence, and takes what changed.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +90,8 @@ class _Place:
         return memory[self.begin : self.end].view(self.dtype)
 
 
-def _places(num_tokens: int, num_seqs: int, num_samples: int) -> list[_Place]:
+@functools.lru_cache(maxsize=256)  # decode steps come in few sizes
+def _places(num_tokens: int, num_seqs: int, num_samples: int) -> tuple[_Place, ...]:
     """The arrays of a forward pass, one after another. The same sizes always give the same places."""
     sizes = {
         "slot_mapping": (torch.int64, num_tokens),
@@ -103,7 +105,7 @@ def _places(num_tokens: int, num_seqs: int, num_samples: int) -> list[_Place]:
     places: list[_Place] = []
     for name, (dtype, count) in sizes.items():
         places.append(_Place(name, dtype, _aligned(places[-1].end) if places else 0, count))
-    return places
+    return tuple(places)
 
 
 def _aligned(size: int) -> int:
@@ -134,7 +136,6 @@ class DeviceStaging:
         max_blocks: int,
         steps_in_flight: int = 1,
     ) -> None:
-        self._max_num_seqs = max_num_seqs
         self._table = torch.zeros(max_num_seqs, max_blocks, dtype=torch.int32, device=device)
         # Beside the pass's arrays: table updates of some newcomers with a whole row each and of one block a sequence,
         # and the copies and blocks to zero of an ordinary step.
@@ -144,15 +145,16 @@ class DeviceStaging:
         self._memory = torch.empty(size, dtype=torch.uint8, device=device)
         self._ring = [_Slot(size, device) for _ in range(steps_in_flight + 1)]
         self._next = 0
+        self._decode: dict[int, StepTensors] = {}  # by number of sequences: always at one place, so made once
 
     def stage(self, plan: StepPlan) -> Staged:
         """Sends a plan's arrays; O(their bytes) on the host, no waiting for the device but for the ring."""
         slot, places = self._pack(plan, plan.num_tokens, plan.num_seqs, len(plan.logits_indices))
-        return self._send(slot, places, plan)
+        return self._send(slot, places, plan, self._tensors(places))
 
     def stage_decode(self, plan: StepPlan, batch: int) -> Staged:
         """`stage` for a plan of one token and one sample a sequence, filled up to ``batch`` sequences by empty ones:
-        one query token, seq_len 0, slot −1. The tensors are those of `decode_tensors`.
+        one query token, seq_len 0, slot −1. The tensors are those of `decode_tensors`, which comes first.
         """
         slot, places = self._pack(plan, batch, batch, batch)
         used = plan.num_seqs
@@ -162,21 +164,23 @@ class DeviceStaging:
             at[name][used:] = 0
         at["query_start_loc"][used:] = np.arange(used, batch + 1)
         at["logits_indices"][used:] = np.arange(used, batch)
-        return self._send(slot, places, plan)
+        return self._send(slot, places, plan, self._decode[batch])
 
     def decode_tensors(self, batch: int) -> StepTensors:
         """Where `stage_decode` puts a step of ``batch`` sequences. Until then they are all empty ones, so that a pass
         over them does nothing: for recording.
         """
         places = _places(batch, batch, batch)
-        tensors = self._tensors(places)
+        tensors = self._decode[batch] = self._tensors(places)
         self._memory[: places[-1].end].zero_()  # rows, lengths, ids and positions
         tensors.slot_mapping.fill_(-1)
         tensors.query_start_loc.copy_(torch.arange(batch + 1))
         tensors.logits_indices.copy_(torch.arange(batch))
         return tensors
 
-    def _pack(self, plan: StepPlan, num_tokens: int, num_seqs: int, num_samples: int) -> tuple[_Slot, list[_Place]]:
+    def _pack(
+        self, plan: StepPlan, num_tokens: int, num_seqs: int, num_samples: int
+    ) -> tuple[_Slot, tuple[_Place, ...]]:
         """The plan's arrays in the next part of the ring, in places for as many tokens, sequences and samples."""
         slot = self._ring[self._next]
         self._next = (self._next + 1) % len(self._ring)
@@ -187,7 +191,7 @@ class DeviceStaging:
             slot.array(place)[: len(array)] = array
         return slot, places
 
-    def _send(self, slot: _Slot, places: list[_Place], plan: StepPlan) -> Staged:
+    def _send(self, slot: _Slot, places: tuple[_Place, ...], plan: StepPlan, tensors: StepTensors) -> Staged:
         """Adds what is done before the pass, and copies all of it at once."""
         end = places[-1].end
         extras: list[torch.Tensor | None] = []
@@ -203,9 +207,9 @@ class DeviceStaging:
                 end = place.end
         slot.copy_to(self._memory, end)
         zero, copies, updates = extras
-        return Staged(zero, copies, updates, self._tensors(places))
+        return Staged(zero, copies, updates, tensors)
 
-    def _tensors(self, places: list[_Place]) -> StepTensors:
+    def _tensors(self, places: tuple[_Place, ...]) -> StepTensors:
         at = {place.name: place.tensor(self._memory) for place in places}
         return StepTensors(**at, block_table=self._table)
 
