@@ -59,6 +59,8 @@ class TaggedModel:
         assert len(set(mapping.tolist())) == plan.num_tokens, "a slot is written once in a step"
         assert (mapping >= block_size).all(), "the null block is never written"
         self.slots.reshape(-1)[mapping] = tag(plan.input_ids, positions)
+        places = plan.table_updates[:, :2].tolist()
+        assert len(set(map(tuple, places))) == len(places), "a device applies the changes in any order"
         for row, index, block in plan.table_updates:
             self.table[row, index] = block
         ends = {}
