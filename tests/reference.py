@@ -102,16 +102,21 @@ def paged_attention(
     return out, lse
 
 
-def rounding_error(want: np.ndarray, dtype: torch.dtype, *args: np.ndarray, **options: Any) -> np.ndarray:
+def rounding_error(
+    want: np.ndarray, dtype: torch.dtype, *args: np.ndarray, whole_references: bool = False, **options: Any
+) -> np.ndarray:
     """The error that the best algorithm in `dtype` makes, [num_tokens, num_heads, v_head_dim].
 
-    It has scores in float32, weights rounded to `dtype`, and its output rounded to `dtype`.
+    It has scores in float32, weights rounded to `dtype`, and its output rounded to `dtype`. Weights are relative to the
+    row's largest; with `whole_references` to the next power of two, as the GPU's kernels have it.
     """
     out = np.zeros_like(want)
     for rows in _rows(*args, **options):
         scores = rows.scores(np.float32)
         top = scores.max(1)
         reference = np.where(np.isneginf(top), np.float32(0), top)
+        if whole_references:
+            reference = np.ceil(reference * np.float32(np.log2(np.e))) * np.float32(np.log(2))
         weights = _rounded(np.exp(scores - reference[:, None]), dtype)
         total = weights.sum(1) if rows.sink is None else weights.sum(1) + np.exp(np.float32(rows.sink) - reference)
         total = np.where(np.isneginf(top), np.float32(1), total)
@@ -244,7 +249,13 @@ LSE_GATE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-3}
 
 
 def check(
-    batch: Batch, out: torch.Tensor, lse: torch.Tensor | None = None, *, row_factor: float = 2, **options: Any
+    batch: Batch,
+    out: torch.Tensor,
+    lse: torch.Tensor | None = None,
+    *,
+    row_factor: float = 2,
+    whole_references: bool = False,
+    **options: Any,
 ) -> None:
     """Compares a result with the oracle: over the whole batch, and row by row.
 
@@ -253,6 +264,7 @@ def check(
     cancel so far that rounding alone exceeds the gate, under `row_factor` times what the best algorithm makes of that
     row (and the last bit of a float32 near 1). No element errs by more than so many times that algorithm's largest
     error in the row. Among a million rows there are some where that algorithm was lucky: a sweep allows them more.
+    `whole_references` as `rounding_error` has it.
     """
     want, want_lse = batch.expected(**options)
     got = out.double().cpu().numpy()
@@ -262,7 +274,7 @@ def check(
     error = np.linalg.norm(got - want) / norm if norm else np.linalg.norm(got)
     assert error < gate, f"relative error {error:.2e}"
 
-    best = rounding_error(want, out.dtype, *batch.arrays, **options)
+    best = rounding_error(want, out.dtype, *batch.arrays, whole_references=whole_references, **options)
     size = np.linalg.norm(want, axis=2)
     allowed = np.maximum(gate * size, row_factor * (np.linalg.norm(best, axis=2) + np.finfo(np.float32).eps))
     row_error = np.linalg.norm(got - want, axis=2)

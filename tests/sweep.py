@@ -107,8 +107,8 @@ class Call:
     options: dict[str, Any]  # of the op and of the oracle
     hints: dict[str, Any] = field(default_factory=dict)  # of the op alone
 
-    def check(self, out: torch.Tensor, lse: torch.Tensor | None) -> None:
-        check(self.batch, out, lse, row_factor=4, **self.options)
+    def check(self, out: torch.Tensor, lse: torch.Tensor | None, *, whole_references: bool = False) -> None:
+        check(self.batch, out, lse, row_factor=4, whole_references=whole_references, **self.options)
 
 
 def case_id(case: Case) -> str:

@@ -62,6 +62,7 @@ PAGEDCORE_DEVICE void attend_row(const AttentionParams& p, int64_t token, int he
     position = query_position(p.seq_lens[seq], query_len, token - start);
   }
   const int kv_head = head / (p.num_heads / p.num_kv_heads);
+  const TableRow table = padding ? TableRow{} : table_row_of(p, seq);
 
   const T* query = static_cast<const T*>(p.query) + token * p.query_token_stride + head * p.query_head_stride;
   for (int d = lane; d < p.head_dim; d += kWarpSize) q[d] = to_float(query[d]);
@@ -77,7 +78,7 @@ PAGEDCORE_DEVICE void attend_row(const AttentionParams& p, int64_t token, int he
     int block = -1;
     int slot = 0;
     if (key < keys.end) {
-      block = block_of_key(p, seq, static_cast<int>(key));
+      block = block_at(p, table, static_cast<int>(key / p.block_size));
       slot = static_cast<int>(key % p.block_size);
     }
     if (block >= 0) {

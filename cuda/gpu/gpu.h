@@ -19,6 +19,11 @@ namespace pagedcore::gpu {
 // belong to one stream: attention changes both, and leaves the plan as it found it.
 int64_t plan_bytes(const AttentionParams& params);
 int64_t workspace_bytes(const AttentionParams& params);
+// Enough for every call of at most these num_tokens, num_seqs and max_query_len, and otherwise like this one.
+struct AttentionMemory {
+  int64_t plan, workspace;
+};
+AttentionMemory most_memory(const AttentionParams& params);
 void plan_attention(const AttentionParams& params, void* plan, device::Stream stream);
 void paged_attention(const AttentionParams& params, void* plan, void* workspace, device::Stream stream);
 

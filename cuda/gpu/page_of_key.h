@@ -10,15 +10,25 @@
 
 namespace pagedcore::gpu {
 
-// -1, and flagged: a length past the table, a row that is not in it, or an id that is not a block's.
-PAGEDCORE_DEVICE int block_of_key(const AttentionParams& p, int seq, int key) {
+// A sequence's row of the block table; without entries where there is no such row.
+struct TableRow {
+  const int32_t* blocks;
+  int count;
+};
+
+PAGEDCORE_DEVICE TableRow table_row_of(const AttentionParams& p, int seq) {
   const int row = p.block_table_rows != nullptr ? p.block_table_rows[seq] : seq;
-  const int index = key / p.block_size;
-  if (row < 0 || row >= p.table_rows || index >= p.max_blocks) {
+  if (row < 0 || row >= p.table_rows) return {p.block_table, 0};
+  return {p.block_table + row * p.block_table_stride, static_cast<int>(p.max_blocks)};
+}
+
+// Entry `index` of the row. -1, and flagged: it is past the row, or no id of a block.
+PAGEDCORE_DEVICE int block_at(const AttentionParams& p, const TableRow& row, int index) {
+  if (index >= row.count) {
     report(p.faults, DeviceFault::length);
     return -1;
   }
-  const int block = p.block_table[row * p.block_table_stride + index];
+  const int block = row.blocks[index];
   if (block >= 0 && block < p.num_blocks) return block;
   report(p.faults, DeviceFault::block);
   return -1;

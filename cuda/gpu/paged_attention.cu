@@ -33,6 +33,10 @@ const char* why_not_tiled(const AttentionParams& p) {
   if (!on_16_bytes(p.v.data, p.v.token_stride, p.v.head_stride, p.v.block_stride)) {
     return "rows of v_cache do not start on 16 bytes";
   }
+  for (const Pages* pages : {&p.k, &p.v}) {
+    const int64_t stride = pages->token_stride < 0 ? -pages->token_stride : pages->token_stride;
+    if (stride * p.block_size + p.head_dim >= int64_t{1} << 31) return "a block of one head spans 2^31 elements";
+  }
   return nullptr;
 }
 
@@ -41,13 +45,77 @@ namespace {
 constexpr int64_t kAlignment = 16;
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The plan's arrays, one after the other in the caller's memory.
-WorkPlan work_plan(const AttentionParams& p, const TiledKernel& kernel, void* plan, void* workspace) {
-  char* memory = static_cast<char*>(plan);
-  auto* first_units = reinterpret_cast<int64_t*>(memory);
-  auto* counters = reinterpret_cast<int32_t*>(memory + aligned((int64_t{p.num_seqs} + 1) * 8));
-  return {first_units, counters, static_cast<float*>(workspace), kernel.grid};
+// From how many rows a sequence on, on the average, tiles of 128 are taken although some sequences may decode. Where
+// all are known to be alike, from one full tile on.
+constexpr int64_t kPrefillRows = 512;
+
+TiledKernel kernel_for(const AttentionParams& p) {
+  const int64_t group = p.num_heads / p.num_kv_heads;
+  const int64_t max_query_len = p.max_query_len > 0 ? p.max_query_len : p.num_tokens;
+  // Where each size of tile has its own kernel, a sequence may not change kernels with its company.
+  const bool same_always = p.split_size >= 0 && p.head_dim > kMostMixedDim;
+  if (max_query_len * group <= kFewRows && !same_always) return decode_kernel_for(p);
+  const bool alike = p.num_tokens == p.num_seqs * max_query_len;
+  const bool prompts = alike ? max_query_len * group >= 128 : p.num_tokens * group >= p.num_seqs * kPrefillRows;
+  return prompts && p.head_dim <= kMostPrefillDim ? prefill_kernel_for(p) : mixed_kernel_for(p);
+}
+
+// What a unit costs in a launch that has both sizes: reading 64 keys at the bandwidth of an SM's share, and multiplying
+// them with 64 rows at what mma.sync reaches, both about a microsecond on an H100. To be measured.
+constexpr int kFewWeight = 4;
+constexpr int kManyWeight = 3;
+// Pieces of fixed size that may wait to be merged, per block. Of what has no room, each item is one block's.
+constexpr int64_t kWaitingPieces = 4;
+// Keys of a fixed piece at most, so that positions past a sequence's end fit int32.
+constexpr int64_t kLargestPiece = int64_t{1} << 24;
+
+// How the call is cut, and its arrays one after the other in the caller's plan.
+struct Layout {
+  WorkPlan plan;
+  int64_t plan_bytes, workspace_bytes;
+};
+
+Layout lay_out(const AttentionParams& p, const TiledKernel& kernel, void* plan_memory, void* workspace) {
+  WorkPlan plan{};
+  const int64_t group = p.num_heads / p.num_kv_heads;
+  // Of rows r and tiles of R there are ceil(r / R) <= r / R + 1.
+  plan.most_items = static_cast<int32_t>(p.num_tokens * group / kernel.many_tile + p.num_seqs);
+  plan.grid = kernel.grid;
+  plan.few_tile = kernel.few_tile;
+  plan.many_tile = kernel.many_tile;
+  const bool mixed = kernel.few_tile != kernel.many_tile && p.split_size <= 0;
+  plan.few_weight = mixed ? kFewWeight : 1;
+  plan.many_weight = mixed ? kManyWeight : 1;
+  plan.rule = score_rule(p);
+  plan.by_block_size = Divisor::of(p.block_size > 0 ? p.block_size : 1);  // a plan is made without the cache
+  plan.by_group = Divisor::of(static_cast<int32_t>(group));
+  plan.unit_keys = kUnitKeys;
+  if (p.split_size < 0) plan.grain = kSmallestPiece / kUnitKeys;
+  if (p.split_size > 0) {
+    const int64_t piece = ceil_div(p.split_size, kUnitKeys) * kUnitKeys;
+    plan.fixed = true;
+    plan.grain = 1;
+    plan.unit_keys = static_cast<int32_t>(piece < kLargestPiece ? piece : kLargestPiece);
+    plan.most_pieces = static_cast<int32_t>(kWaitingPieces * plan.grid);
+  }
+
+  char* at = static_cast<char*>(plan_memory);
+  int64_t offset = 0;
+  const auto take = [&](int64_t bytes) {
+    char* const place = at == nullptr ? nullptr : at + offset;
+    offset += aligned(bytes);
+    return place;
+  };
+  plan.header = reinterpret_cast<PlanHeader*>(take(sizeof(PlanHeader)));
+  plan.items =
+      reinterpret_cast<TileItem*>(take((int64_t{plan.most_items} + 1) * static_cast<int64_t>(sizeof(TileItem))));
+  plan.first_items = reinterpret_cast<int32_t*>(take((int64_t{p.num_seqs} + 1) * 4));
+  plan.block_items = reinterpret_cast<int32_t*>(take(int64_t{plan.grid} * 4));
+  plan.counters = reinterpret_cast<int32_t*>(take(int64_t{plan.grid} * 4));
+  plan.records = static_cast<float*>(workspace);
+  return {plan, offset, (2 * int64_t{plan.grid} + plan.most_pieces) * kernel.record_bytes};
 }
 
 }  // namespace
@@ -60,31 +128,47 @@ void load_tiled() {
       p.dtype = dtype;
       p.head_dim = p.v_head_dim = dim;
       decode_kernel_for(p);
+      mixed_kernel_for(p);
+      if (dim <= kMostPrefillDim) prefill_kernel_for(p);
     }
   }
 }
 
+AttentionMemory most_memory(const AttentionParams& p) {
+  if (why_not_tiled(p) != nullptr) return {0, 0};
+  AttentionMemory most{0, 0};
+  const auto add = [&](const TiledKernel& kernel) {
+    const Layout layout = lay_out(p, kernel, nullptr, nullptr);
+    most.plan = layout.plan_bytes > most.plan ? layout.plan_bytes : most.plan;
+    most.workspace = layout.workspace_bytes > most.workspace ? layout.workspace_bytes : most.workspace;
+  };
+  add(decode_kernel_for(p));
+  if (p.max_query_len * (p.num_heads / p.num_kv_heads) > kFewRows || p.split_size >= 0) {
+    // Which of them a call takes depends on how many sequences share its tokens.
+    add(mixed_kernel_for(p));
+    if (p.head_dim <= kMostPrefillDim) add(prefill_kernel_for(p));
+  }
+  return most;
+}
+
 int64_t plan_bytes(const AttentionParams& p) {
-  if (why_not_tiled(p) != nullptr) return 0;
-  return aligned((int64_t{p.num_seqs} + 1) * 8) + aligned(int64_t{decode_kernel_for(p).grid} * 4);
+  return why_not_tiled(p) != nullptr ? 0 : lay_out(p, kernel_for(p), nullptr, nullptr).plan_bytes;
 }
 
 int64_t workspace_bytes(const AttentionParams& p) {
-  if (why_not_tiled(p) != nullptr) return 0;
-  const TiledKernel kernel = decode_kernel_for(p);
-  return 2 * kernel.grid * kernel.record_bytes;
+  return why_not_tiled(p) != nullptr ? 0 : lay_out(p, kernel_for(p), nullptr, nullptr).workspace_bytes;
 }
 
 void plan_attention(const AttentionParams& p, void* plan, device::Stream stream) {
   if (why_not_tiled(p) != nullptr) return;
-  run_plan({p, work_plan(p, decode_kernel_for(p), plan, nullptr)}, stream);
+  run_plan({p, lay_out(p, kernel_for(p), plan, nullptr).plan}, stream);
 }
 
 void paged_attention(const AttentionParams& p, void* plan, void* workspace, device::Stream stream) {
   if (p.num_tokens == 0) return;
   if (why_not_tiled(p) != nullptr) return attention_generic(p, stream);
-  const TiledKernel kernel = decode_kernel_for(p);
-  kernel.run({p, work_plan(p, kernel, plan, workspace)}, stream);
+  const TiledKernel kernel = kernel_for(p);
+  kernel.run({p, lay_out(p, kernel, plan, workspace).plan}, stream);
 }
 
 }  // namespace pagedcore::gpu

@@ -1,8 +1,9 @@
-// A plan: the running sum of work units over the sequences, and counters at zero. One block; no host knows the
-// lengths, so a captured graph plans anew at each replay.
+// A plan: the items of a call and where each begins in the line of all work (work.h), and where each block begins. One
+// block; no host knows the lengths, so a captured graph plans anew at each replay.
 //
-// Cut: thread t sums sequences [t * n, (t + 1) * n), the sums are scanned in shared memory, and each thread writes its
-// own sequences' running sums. Shared memory: one int64 a thread.
+// Cut: thread t counts the tiles of sequences [t * n, (t + 1) * n), the counts are scanned in shared memory; then it
+// measures as many items, and the lengths are scanned; then it looks up the blocks t, t + 256 and so on.
+// Shared memory: one int64 a thread.
 #include "plan.h"
 
 #include "pagedcore/device.h"
@@ -14,22 +15,15 @@ using namespace device;
 
 constexpr int kThreads = 256;
 
-PAGEDCORE_DEVICE int64_t units_at(const AttentionParams& p, int seq) {
-  return units_of_sequence(p, p.seq_lens[seq], int64_t{p.query_start_loc[seq + 1]} - p.query_start_loc[seq]);
-}
+// Of the values of all threads: the sum of those before this thread's, and of all. Reached by the whole block.
+struct Scan {
+  int64_t before, all;
+};
 
-PAGEDCORE_KERNEL(kThreads, 1) plan_kernel(const PlannedAttention params) {
-  const AttentionParams& p = params.attention;
-  const int t = thread_id();
-  const int each = (p.num_seqs + kThreads - 1) / kThreads;
-  const int begin = t * each < p.num_seqs ? t * each : p.num_seqs;
-  const int end = begin + each < p.num_seqs ? begin + each : p.num_seqs;
-
-  int64_t sum = 0;
-  for (int seq = begin; seq < end; ++seq) sum += units_at(p, seq);
-
+PAGEDCORE_DEVICE Scan scan(int64_t value) {
   auto* sums = reinterpret_cast<int64_t*>(shared_memory());
-  sums[t] = sum;
+  const int t = thread_id();
+  sums[t] = value;
   sync_threads();
   for (int step = 1; step < kThreads; step *= 2) {  // Hillis and Steele's inclusive scan
     const int64_t left = t >= step ? sums[t - step] : 0;
@@ -37,14 +31,89 @@ PAGEDCORE_KERNEL(kThreads, 1) plan_kernel(const PlannedAttention params) {
     sums[t] += left;
     sync_threads();
   }
+  const Scan result{sums[t] - value, sums[kThreads - 1]};
+  sync_threads();
+  return result;
+}
 
-  int64_t before = sums[t] - sum;
-  for (int seq = begin; seq < end; ++seq) {
-    params.plan.first_units[seq] = before;
-    before += units_at(p, seq);
+// This thread's share of `count` things.
+struct Share {
+  int begin, end;
+};
+
+PAGEDCORE_DEVICE Share share_of(int count) {
+  const int each = (count + kThreads - 1) / kThreads;
+  const int64_t begin = int64_t{thread_id()} * each;
+  const int first = begin < count ? static_cast<int>(begin) : count;
+  return {first, count - first < each ? count : first + each};
+}
+
+PAGEDCORE_DEVICE int query_len_of(const AttentionParams& p, int seq) {
+  return p.query_start_loc[seq + 1] - p.query_start_loc[seq];
+}
+
+// The last i of [0, count) with value(i) <= x; value(0) is.
+template <class Value>
+PAGEDCORE_DEVICE int last_not_above(int count, int64_t x, const Value& value) {
+  int low = 0, high = count - 1;
+  while (low < high) {
+    const int middle = low + (high - low + 1) / 2;
+    if (value(middle) <= x) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
   }
-  if (t == 0) params.plan.first_units[p.num_seqs] = sums[kThreads - 1];
-  for (int i = t; i < params.plan.grid; i += kThreads) params.plan.counters[i] = 0;
+  return low;
+}
+
+PAGEDCORE_KERNEL(kThreads, 1) plan_kernel(const PlannedAttention params) {
+  const AttentionParams& p = params.attention;
+  const WorkPlan& plan = params.plan;
+
+  const Share seqs = share_of(p.num_seqs);
+  int64_t tiles = 0;
+  for (int seq = seqs.begin; seq < seqs.end; ++seq) tiles += tiles_of(p, plan, query_len_of(p, seq));
+  const Scan counted = scan(tiles);
+  int64_t before = counted.before;
+  for (int seq = seqs.begin; seq < seqs.end; ++seq) {
+    plan.first_items[seq] = static_cast<int>(before < plan.most_items ? before : plan.most_items);
+    before += tiles_of(p, plan, query_len_of(p, seq));
+  }
+  // There is room for what the shapes allow. Query starts that say more are wrong, and what they say more is left out.
+  const int num_items = static_cast<int>(counted.all < plan.most_items ? counted.all : plan.most_items);
+  if (thread_id() == 0) plan.first_items[p.num_seqs] = num_items;
+  sync_threads();
+
+  const Share items = share_of(num_items);
+  int64_t length = 0;
+  int seq = 0;
+  if (items.begin < items.end) {
+    seq = last_not_above(p.num_seqs, items.begin, [&](int i) { return int64_t{plan.first_items[i]}; });
+  }
+  for (int i = items.begin; i < items.end; ++i) {
+    while (plan.first_items[seq + 1] <= i) ++seq;
+    const int tile = i - plan.first_items[seq];
+    const TileWork work = tile_work(p, plan, p.seq_lens[seq], query_len_of(p, seq), tile);
+    plan.items[i] = {length, seq, tile};  // from the share's beginning on, for now
+    length += int64_t{p.num_kv_heads} * work.units * work.weight;
+  }
+  const Scan measured = scan(length);
+  for (int i = items.begin; i < items.end; ++i) plan.items[i].begin += measured.before;
+  const PlanHeader header{measured.all, num_items, blocks_with_work(plan, measured.all)};
+  if (thread_id() == 0) {
+    plan.items[num_items] = {header.total, 0, 0};
+    *plan.header = header;
+  }
+  sync_threads();
+
+  for (int block = thread_id(); block < plan.grid; block += kThreads) {
+    plan.counters[block] = 0;
+    plan.block_items[block] =
+        num_items == 0 || block >= header.blocks
+            ? 0
+            : last_not_above(num_items, block_begin(header, block), [&](int i) { return plan.items[i].begin; });
+  }
 }
 
 }  // namespace

@@ -23,8 +23,8 @@ struct QueryInRegisters {
   uint32_t held[kDim / 16][4];
 
   // `rows`: lane / 4 and lane / 4 + 8 of the warp's.
-  PAGEDCORE_MEMBER void load(const AttentionParams& p, const Row (&rows)[2]) {
-    const int pair = device::lane_id() % 4 * 2;
+  PAGEDCORE_MEMBER void load(const AttentionParams& p, device::Lane lane, const Row (&rows)[2]) {
+    const int pair = lane.id % 4 * 2;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const T* from = start_of_query<T>(p, rows[half]) + pair;
@@ -48,24 +48,27 @@ struct QueryInShared {
   using Element = T;
   using Rows = Tile<kDim>;
 
-  const char* tile;
-  int first_row;  // of the warp's, in the tile
+  device::SharedAddress row;  // of the tile: what this lane reads of the first step
+
+  // From rows first_row to first_row + 15 of the tile.
+  PAGEDCORE_MEMBER void read_from(char* shared, device::Lane lane, int first_row) {
+    row = device::shared_address(shared) + Rows::offset(first_row + lane.id / 8 % 2 * 8 + lane.id % 8, lane.id / 16);
+  }
 
   // Fills rows [0, count) of the tile in `shared`. Reached by all of the block's `threads`, and needs a barrier after.
-  static PAGEDCORE_MEMBER void fill(const AttentionParams& p, const Span& s, int count, int threads, char* shared) {
+  static PAGEDCORE_MEMBER void fill(const PlannedAttention& params, const Span& s, int count, int threads,
+                                    char* shared) {
     for (int i = device::thread_id(); i < count * Rows::kChunks; i += threads) {
       const int r = i / Rows::kChunks, chunk = i % Rows::kChunks;
-      const Row row = row_of(p, s, r);
+      const Row row = row_of(params, s, r);
       const device::Vec16 zero{};
-      device::store_16(shared + Rows::offset(r, chunk),
-                       row.valid ? device::load_16(start_of_query<T>(p, row) + chunk * kChunkElements) : zero);
+      device::store_16(
+          shared + Rows::offset(r, chunk),
+          row.valid ? device::load_16(start_of_query<T>(params.attention, row) + chunk * kChunkElements) : zero);
     }
   }
 
-  PAGEDCORE_MEMBER void fragment(int step, uint32_t (&a)[4]) const {
-    const int lane = device::lane_id();
-    device::ldmatrix_x4(a, tile + Rows::offset(first_row + lane / 8 % 2 * 8 + lane % 8, step * 2 + lane / 16));
-  }
+  PAGEDCORE_MEMBER void fragment(int step, uint32_t (&a)[4]) const { device::ldmatrix_x4(a, Rows::at_step(row, step)); }
 };
 
 }  // namespace pagedcore::gpu

@@ -29,26 +29,38 @@ struct Parts {
   PAGEDCORE_MEMBER const float* operator[](int i) const { return i == 0 ? first : rest + (i - 1) * stride; }
 };
 
+// One column of a row's state.
 struct Folded {
   float m, rounded, exact, o;
 };
 
-// Column d of a row, folded over all parts, records of type At, in index order. kOthers: the records are other blocks'
+// 2^x of a whole x <= 0, exactly. References are whole numbers, so states are brought to one another without rounding.
+PAGEDCORE_FN float power_of_two(float x) {
+  if (x > -126.0f) return bits_float(static_cast<uint32_t>(static_cast<int>(x) + 127) << 23);
+  return x != x ? x : 0.0f;
+}
+
+// The state over the keys of both, brought to the larger of the two references. An empty state changes no bit of the
+// other.
+PAGEDCORE_DEVICE Folded merge(const Folded& a, const Folded& b) {
+  const float m = device::max_of(a.m, b.m);
+  const float reference = finite_max(m);
+  const float of_a = power_of_two(a.m - reference), of_b = power_of_two(b.m - reference);
+  return {m, fmaf(of_b, b.rounded, of_a * a.rounded), fmaf(of_b, b.exact, of_a * a.exact), fmaf(of_b, b.o, of_a * a.o)};
+}
+
+// Column d of a row, merged over all parts, records of type At, in index order. kOthers: the records are other blocks'
 // of this launch.
 template <class At, bool kOthers>
 PAGEDCORE_DEVICE Folded fold(const Parts& parts, int row, int d) {
   const auto load = [](const float* p) { return kOthers ? device::load_coherent(p) : *p; };
-  float m = -INFINITY;
-  for (int i = 0; i < parts.count; ++i) m = device::max_of(m, load(parts[i] + At::stats(row)));
-  const float reference = finite_max(m);
-  Folded f{m, 0.0f, 0.0f, 0.0f};
-  for (int i = 0; i < parts.count; ++i) {
-    const float* part = parts[i];
-    const float factor = device::exp2_approx(load(part + At::stats(row)) - reference);
-    f.rounded = fmaf(factor, load(part + At::stats(row) + 1), f.rounded);
-    f.exact = fmaf(factor, load(part + At::stats(row) + 2), f.exact);
-    f.o = fmaf(factor, load(part + At::output(row, d)), f.o);
-  }
+  const auto part = [&](int i) {
+    const float* from = parts[i];
+    const float* stats = from + At::stats(row);
+    return Folded{load(stats), load(stats + 1), load(stats + 2), load(from + At::output(row, d))};
+  };
+  Folded f = part(0);
+  for (int i = 1; i < parts.count; ++i) f = merge(f, part(i));
   return f;
 }
 

@@ -1,4 +1,4 @@
-// Query rows packed into tiles of kTileRows: all query heads of a KV head, for all query tokens of a sequence.
+// Query rows packed into tiles: all query heads of a KV head, for all query tokens of a sequence.
 #pragma once
 
 #include "pagedcore/device.h"
@@ -19,23 +19,22 @@ struct Row {
   bool valid;
 };
 
-// How far behind its position a row sees: as far as any position is, where there is no window.
-PAGEDCORE_DEVICE int reach_of(const AttentionParams& p) {
-  return p.window > 0 && p.window < INT32_MAX ? static_cast<int>(p.window) : INT32_MAX;
+// The first key that a row sees, if it sees any.
+PAGEDCORE_DEVICE int begin_of(const AttentionParams& p, const Row& row) {
+  return p.window > 0 && row.position >= p.window ? row.position - static_cast<int>(p.window) + 1 : 0;
 }
 
-PAGEDCORE_DEVICE bool sees(const Row& row, int reach, int key) { return key < row.end && row.position - key < reach; }
-
-PAGEDCORE_DEVICE Row row_of(const AttentionParams& p, const Span& s, int r) {
+PAGEDCORE_DEVICE Row row_of(const PlannedAttention& params, const Span& s, int r) {
+  const AttentionParams& p = params.attention;
   const int group = p.num_heads / p.num_kv_heads;
   const int start = p.query_start_loc[s.seq];
   const int query_len = p.query_start_loc[s.seq + 1] - start;
-  const int packed = s.row_tile * kTileRows + r;
-  const int query = packed / group;
+  const int packed = s.tile * s.work.rows + r;
+  const int query = quotient(packed, params.plan.by_group);
   Row row;
-  row.valid = query < query_len;
-  row.token = start + query;
-  row.head = s.kv_head * group + packed % group;
+  row.token = int64_t{start} + query;
+  row.valid = query < query_len && row.token >= 0 && row.token < p.num_tokens;
+  row.head = s.kv_head * group + packed - query * group;
   const KeyRange keys = row.valid ? visible_keys(p, p.seq_lens[s.seq], query_len, query) : KeyRange{0, 0};
   row.end = static_cast<int>(keys.end);
   row.position = static_cast<int>(query_position(p.seq_lens[s.seq], query_len, query));

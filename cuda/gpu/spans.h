@@ -1,4 +1,5 @@
-// From a block's place in the line of all units to the work there.
+// A block's share of the line of all work, item by item. One thread walks, and the others read what it found in shared
+// memory: kept in registers it would cost each of them two dozen while they multiply.
 #pragma once
 
 #include <cstdint>
@@ -8,36 +9,55 @@
 
 namespace pagedcore::gpu {
 
-// The sequence that unit `unit` belongs to: 32 probes a round.
-PAGEDCORE_DEVICE int sequence_of_unit(const PlannedAttention& params, int64_t unit) {
-  int low = 0, high = params.attention.num_seqs - 1;
-  while (low < high) {
-    const int step = (high - low + device::kWarpSize) / device::kWarpSize;
-    const int probe = low + device::lane_id() * step;
-    const int before = device::bit_count(device::ballot(probe <= high && params.plan.first_units[probe] <= unit));
-    low += (before - 1) * step;
-    high = low + step - 1 < high ? low + step - 1 : high;
-  }
-  return low;
+// Pieces of fixed size: whether each of the item's has a record of its own, which is that of its place in the line.
+// Only then may they lie in different blocks.
+PAGEDCORE_DEVICE bool has_records(const WorkPlan& plan, const Span& s) {
+  return s.item_begin + s.work.units <= plan.most_pieces;
 }
 
-PAGEDCORE_DEVICE Span span_at(const PlannedAttention& params, int64_t unit, int64_t limit) {
-  const AttentionParams& p = params.attention;
-  Span s;
-  s.seq = sequence_of_unit(params, unit);
-  const int64_t query_len = int64_t{p.query_start_loc[s.seq + 1]} - p.query_start_loc[s.seq];
-  const KeyUnits keys = key_units(p, p.seq_lens[s.seq], query_len);
-  const int64_t before = params.plan.first_units[s.seq];
-  const int64_t item = (unit - before) / keys.count;
-  const int tiles = row_tiles(p, query_len);
-  s.kv_head = static_cast<int>(item / tiles);
-  s.row_tile = static_cast<int>(item % tiles);
-  s.item_begin = before + item * keys.count;
-  s.item_end = s.item_begin + keys.count;
-  s.begin = unit;
-  s.end = s.item_end < limit ? s.item_end : limit;
-  s.first_key = keys.first;
-  return s;
-}
+// In shared memory.
+struct BlockWork {
+  PlanHeader header;
+  int64_t place, limit;  // what is left of the block's share
+  Span span;             // what is being worked on
+  int item;              // the next one
+  int more;              // whether there was a next one
+  int arrived;           // blocks that had left their pieces before this one
+
+  // By one thread.
+  PAGEDCORE_MEMBER void start(const PlannedAttention& params) {
+    header = *params.plan.header;
+    item = params.plan.block_items[device::block_x()];
+    place = limit = 0;
+    if (device::block_x() >= header.blocks || header.num_items == 0) return;
+    place = block_begin(header, device::block_x());
+    limit = block_begin(header, device::block_x() + 1);
+  }
+
+  // By the same thread: the next item of which the block has anything.
+  PAGEDCORE_MEMBER void next(const PlannedAttention& params) {
+    const AttentionParams& p = params.attention;
+    const WorkPlan& plan = params.plan;
+    more = 0;
+    while (place < limit && more == 0) {
+      const TileItem tile = plan.items[item];
+      const int query_len = p.query_start_loc[tile.seq + 1] - p.query_start_loc[tile.seq];
+      Span s;
+      s.seq = tile.seq;
+      s.tile = tile.tile;
+      s.work = tile_work(p, plan, p.seq_lens[tile.seq], query_len, tile.tile);
+      const int64_t length = int64_t{s.work.units} * s.work.weight;
+      s.kv_head = static_cast<int>((place - tile.begin) / length);
+      s.item_begin = tile.begin + s.kv_head * length;
+      s.grain = plan.grain == 0 || (plan.fixed && !has_records(plan, s)) ? s.work.units : plan.grain;
+      s.begin = units_before(s, place);
+      s.end = units_before(s, limit);
+      place = s.item_begin + length;
+      if (s.kv_head + 1 == p.num_kv_heads) ++item;
+      if (s.begin < s.end) more = 1;
+      span = s;
+    }
+  }
+};
 
 }  // namespace pagedcore::gpu

@@ -11,14 +11,16 @@
 
 namespace pagedcore::gpu {
 
-// Scores are in base 2. While a row's maximum grows by less than this its reference stays: weights are at most 2^8,
-// which f16 holds, and the output need not be rescaled.
+// Scores are in base 2, and a row's weights are 2^(score - reference). The reference is a whole number, at first the
+// row's maximum rounded up: a weight is then rounded to 16 bits alike whatever reference it meets, and bringing sums to
+// another one is exact. While the maximum grows by less than this the reference stays: weights are at most 2^8, which
+// f16 holds, and the output need not be rescaled.
 constexpr float kLazyGrowth = 8.0f;
 
 // What one thread keeps of its warp's 16 rows: rows lane / 4 and lane / 4 + 8.
 template <int kDim>
 struct WarpState {
-  float m[2];        // reference of the exponents, at most kLazyGrowth below the maximum
+  float m[2];        // references of the exponents, at most kLazyGrowth below the maximum
   float rounded[2];  // sums of weights as the product with V sees them; of this thread's columns until complete_sums
   float exact[2];    // sums before rounding, for the log-sum-exp
   float o[kDim / 8][4];
@@ -41,8 +43,9 @@ PAGEDCORE_DEVICE void rescale(const float (&top)[2], WarpState<kDim>& state) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if (top[half] > state.m[half] + kLazyGrowth) {
-      const float factor = device::exp2_approx(state.m[half] - top[half]);
-      state.m[half] = top[half];
+      const float reference = ceilf(top[half]);
+      const float factor = power_of_two(state.m[half] - reference);
+      state.m[half] = reference;
       state.rounded[half] *= factor;
       state.exact[half] *= factor;
 #pragma unroll
@@ -56,9 +59,9 @@ PAGEDCORE_DEVICE void rescale(const float (&top)[2], WarpState<kDim>& state) {
 
 // Folds kKeys keys into the state: new references, weights, sums, O += P V. `v_rows`: the keys' rows of V.
 template <int kDim, int kKeys, class T>
-PAGEDCORE_DEVICE void fold_keys(const float (&score)[kKeys / 8][4], const char* v_rows, WarpState<kDim>& state) {
+PAGEDCORE_DEVICE void fold_keys(device::Lane lane, const float (&score)[kKeys / 8][4], device::SharedAddress v_rows,
+                                WarpState<kDim>& state) {
   using Rows = Tile<kDim>;
-  const int lane = device::lane_id();
   float top[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -70,7 +73,7 @@ PAGEDCORE_DEVICE void fold_keys(const float (&score)[kKeys / 8][4], const char* 
     top[half] = device::reduce_max(most, 4);
   }
   rescale(top, state);
-  const int row = lane / 8 % 2 * 8 + lane % 8;
+  const auto row = v_rows + Rows::offset(lane.id / 8 % 2 * 8 + lane.id % 8, lane.id / 16);
 #pragma unroll
   for (int first = 0; first < kKeys; first += 16) {
     uint32_t weights[4];
@@ -85,14 +88,14 @@ PAGEDCORE_DEVICE void fold_keys(const float (&score)[kKeys / 8][4], const char* 
         const uint32_t pair = device::pack2<T>(low, high);
         weights[i * 2 + half] = pair;
         state.exact[half] += low + high;
-        state.rounded[half] +=
-            to_float(T{static_cast<uint16_t>(pair)}) + to_float(T{static_cast<uint16_t>(pair >> 16)});
+        const device::Floats2 seen = device::unpack2<T>(pair);
+        state.rounded[half] += seen.low + seen.high;
       }
     }
 #pragma unroll
     for (int step = 0; step < kDim / 16; ++step) {
       uint32_t v[4];
-      device::ldmatrix_x4_trans(v, v_rows + Rows::offset(first + row, step * 2 + lane / 16));
+      device::ldmatrix_x4_trans(v, Rows::at_step(row, step) + first * Rows::kRowBytes);
       device::mma_m16n8k16<T>(state.o[step * 2], weights, v[0], v[1]);
       device::mma_m16n8k16<T>(state.o[step * 2 + 1], weights, v[2], v[3]);
     }
@@ -111,21 +114,20 @@ PAGEDCORE_DEVICE void complete_sums(WarpState<kDim>& state) {
 
 // The warp's state as rows first_row to first_row + 15 of a record.
 template <int kRows, int kDim>
-PAGEDCORE_DEVICE void write_record(const WarpState<kDim>& state, int first_row, float* to) {
+PAGEDCORE_DEVICE void write_record(device::Lane lane, const WarpState<kDim>& state, int first_row, float* to) {
   using At = Record<kRows, kDim>;
-  const int lane = device::lane_id();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int row = first_row + lane / 4 + half * 8;
-    if (lane % 4 == 0) {
+    const int row = first_row + lane.id / 4 + half * 8;
+    if (lane.id % 4 == 0) {
       to[At::stats(row)] = state.m[half];
       to[At::stats(row) + 1] = state.rounded[half];
       to[At::stats(row) + 2] = state.exact[half];
     }
 #pragma unroll
     for (int i = 0; i < kDim / 8; ++i) {
-      to[At::output(row, i * 8 + lane % 4 * 2)] = state.o[i][half * 2];
-      to[At::output(row, i * 8 + lane % 4 * 2 + 1)] = state.o[i][half * 2 + 1];
+      to[At::output(row, i * 8 + lane.id % 4 * 2)] = state.o[i][half * 2];
+      to[At::output(row, i * 8 + lane.id % 4 * 2 + 1)] = state.o[i][half * 2 + 1];
     }
   }
 }

@@ -25,6 +25,13 @@ struct Tile {
   static PAGEDCORE_MEMBER int offset(int row, int chunk) {
     return row * kRowBytes + (chunk ^ (row / (8 / kFlips)) % kFlips) * kChunkBytes;
   }
+
+  // Where chunk 2 * step + c of a row is, from where its chunk c is (0 or 1), if the tile begins on 128 bytes: so that
+  // one address a lane and product is kept, and not one a step.
+  static PAGEDCORE_MEMBER device::SharedAddress at_step(device::SharedAddress row, int step) {
+    const int flipped = 2 * step % kFlips;
+    return device::flip_bits(row, flipped * kChunkBytes) + (2 * step - flipped) * kChunkBytes;
+  }
 };
 
 }  // namespace pagedcore::gpu

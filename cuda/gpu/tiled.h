@@ -19,8 +19,9 @@ struct TiledKernel {
   void (*kernel)(PlannedAttention);
   int threads;
   int shared_bytes;
-  int64_t record_bytes;  // of a piece that a block leaves for others
-  int grid;              // as many blocks as run at one time
+  int few_tile, many_tile;  // rows of a tile, for sequences of at most kFewRows rows and for others
+  int64_t record_bytes;     // of a piece that a block leaves for others
+  int grid;                 // as many blocks as run at one time
 
   void run(const PlannedAttention& params, device::Stream stream) const {
     device::launch(kernel, grid, 1, 1, threads, static_cast<size_t>(shared_bytes), stream, params);
@@ -29,12 +30,12 @@ struct TiledKernel {
 
 // Tiles of 16 rows: decode, and a few query tokens a sequence (decode.cu).
 TiledKernel decode_kernel_for(const AttentionParams& params);
-
-template <class Policy, void (*kKernel)(PlannedAttention)>
-TiledKernel tiled_kernel() {
-  static const device::Residency<PlannedAttention> residency(kKernel, Policy::kThreads, Policy::kSharedBytes);
-  return {kKernel, Policy::kThreads, Policy::kSharedBytes, int64_t{Policy::Record::kFloats} * 4, residency.blocks()};
-}
+// Tiles of 16 rows for such sequences, of 64 for the others (mixed.cu); above kMostMixedDim of 64 for all.
+TiledKernel mixed_kernel_for(const AttentionParams& params);
+constexpr int kMostMixedDim = 192;
+// Tiles of 128 rows: prompts (prefill.cu). Head sizes up to kMostPrefillDim.
+TiledKernel prefill_kernel_for(const AttentionParams& params);
+constexpr int kMostPrefillDim = 128;  // 128 rows of Q and two stages of keys would not fit shared memory above it
 
 // Head sizes that get instances. A build for the shim that checks every access names fewer, as each costs it seconds.
 #ifndef PAGEDCORE_TILED_HEAD_DIMS

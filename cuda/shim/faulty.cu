@@ -49,7 +49,7 @@ PAGEDCORE_KERNEL(kThreads, 1) detours(const Params p) {
   const float* in = p.in + block_x() * kThreads;
 
   if (t < kThreads / 4) {  // 16 bytes a thread
-    cp_async_16(shared + t * 4 + (p.flaw == Flaw::misaligned_copy ? 1 : 0), in + t * 4, true);
+    cp_async_16(shared_address(shared + t * 4 + (p.flaw == Flaw::misaligned_copy ? 1 : 0)), in + t * 4, true);
   }
   cp_async_commit();
   if (p.flaw != Flaw::missing_wait && p.flaw != Flaw::unfinished_copy) cp_async_wait<0>();
@@ -67,7 +67,7 @@ PAGEDCORE_KERNEL(kThreads, 1) detours(const Params p) {
     sync_threads();
   }
   if (p.flaw == Flaw::overwritten_copy) {  // into what other threads still read
-    if (t == 0) cp_async_16(shared + 60, in, true);
+    if (t == 0) cp_async_16(shared_address(shared + 60), in, true);
     cp_async_commit();
     x += 0.0f * shared[t];
     cp_async_wait<0>();

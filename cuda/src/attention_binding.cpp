@@ -298,12 +298,15 @@ void plan_attention(const Arguments<kPlanAttention.count>& arguments) {
   });
 }
 
-// (bytes of a plan, bytes of a workspace that has no plan in it) on a device: cuda:`device`, or the CPU for -1.
+// (bytes of a plan, bytes of a workspace that has no plan in it) on a device, cuda:`device`, or the CPU for -1: enough
+// for every call of at most these sizes.
+// split_size: -1 where the planner decides.
 py::tuple attention_memory(int device, int64_t num_tokens, int64_t num_seqs, int64_t num_heads, int64_t num_kv_heads,
-                           int64_t head_dim, int64_t v_head_dim, int64_t max_query_len, const std::string& dtype) {
+                           int64_t head_dim, int64_t v_head_dim, int64_t max_query_len, const std::string& dtype,
+                           int64_t split_size) {
   AttentionParams p{};
   p.causal = true;
-  p.split_size = -1;
+  p.split_size = split_size;
   const PlanShape shape{num_heads,     num_kv_heads,   head_dim,
                         v_head_dim,    num_tokens,     at_least(0, "max_num_seqs", num_seqs),
                         max_query_len, dtype_of(dtype)};
@@ -311,7 +314,8 @@ py::tuple attention_memory(int device, int64_t num_tokens, int64_t num_seqs, int
   if constexpr (kGpuBuilt) {
     if (device >= 0) {
       const gpu::DeviceGuard guard(device);
-      return py::make_tuple(gpu::plan_bytes(p), round_up(gpu::workspace_bytes(p)));
+      const gpu::AttentionMemory most = gpu::most_memory(p);
+      return py::make_tuple(most.plan, round_up(most.workspace));
     }
   } else if (device >= 0) {
     refuse_device(device);
@@ -324,7 +328,7 @@ py::tuple attention_memory(int device, int64_t num_tokens, int64_t num_seqs, int
 void define_attention(py::module_& m) {
   m.def("attention_memory", &attention_memory, py::arg("device"), py::arg("num_tokens"), py::arg("num_seqs"),
         py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("v_head_dim"),
-        py::arg("max_query_len"), py::arg("dtype"));
+        py::arg("max_query_len"), py::arg("dtype"), py::arg("split_size"));
 }
 
 PyMethodDef attention_methods[] = {

@@ -55,6 +55,7 @@ def attention_memory(
     v_head_dim: int,
     max_query_len: int,
     dtype: str,
+    split_size: int,
 ) -> tuple[int, int]: ...
 def merge_states(
     o_a: Any,

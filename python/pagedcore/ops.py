@@ -227,7 +227,8 @@ def plan_attention(
         num_tokens = shape[0] * max_query_len
     dtype = dtype_name(dtype)
     if out is None:
-        sizes = (num_tokens, shape[0], num_heads, num_kv_heads, head_dim, v_head_dim, max_query_len, dtype)
+        split = -1 if split_size is None else split_size
+        sizes = (num_tokens, shape[0], num_heads, num_kv_heads, head_dim, v_head_dim, max_query_len, dtype, split)
         out = new_bytes(seq_lens, _kernels.attention_memory(device_of(seq_lens), *sizes)[0])
     traced = is_compiling() or any_subclass(seq_lens, query_start_loc, out)
     make = _torch_ops().plan_attention if traced else _kernels.plan_attention
@@ -258,6 +259,7 @@ def attention_workspace_size(
     *,
     v_head_dim: int | None = None,
     max_query_len: int | None = None,
+    split_size: int | None = None,
     dtype: Any = "bfloat16",
     device: Any = "cuda",
 ) -> int:
@@ -265,7 +267,16 @@ def attention_workspace_size(
     none. From shapes alone: no length is looked at. 0 on the CPU.
     """
     plan, workspace = _attention_memory(
-        max_num_tokens, max_num_seqs, num_heads, num_kv_heads, head_dim, v_head_dim, max_query_len, dtype, device
+        max_num_tokens,
+        max_num_seqs,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        v_head_dim,
+        max_query_len,
+        split_size,
+        dtype,
+        device,
     )
     return plan + workspace
 
@@ -279,12 +290,22 @@ def attention_plan_size(
     *,
     v_head_dim: int | None = None,
     max_query_len: int | None = None,
+    split_size: int | None = None,
     dtype: Any = "bfloat16",
     device: Any = "cuda",
 ) -> int:
     """Bytes of the `out` of every `plan_attention` of at most these sizes. 0 on the CPU."""
     return _attention_memory(
-        max_num_tokens, max_num_seqs, num_heads, num_kv_heads, head_dim, v_head_dim, max_query_len, dtype, device
+        max_num_tokens,
+        max_num_seqs,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        v_head_dim,
+        max_query_len,
+        split_size,
+        dtype,
+        device,
     )[0]
 
 
@@ -296,16 +317,23 @@ def _attention_memory(
     head_dim: int,
     v_head_dim: int | None,
     max_query_len: int | None,
+    split_size: int | None,
     dtype: Any,
     device: Any,
 ) -> tuple[int, int]:
-    """(bytes of a plan, bytes of a workspace) at most: which kernel runs depends on the longest query of a step."""
-    longest = max_num_tokens if max_query_len is None else max_query_len
-    lengths = {min(1 << power, longest) for power in range(longest.bit_length() + 1)}
-    heads = (num_heads, num_kv_heads, head_dim, head_dim if v_head_dim is None else v_head_dim)
-    index, name = device_index(device), dtype_name(dtype)
-    sizes = [_kernels.attention_memory(index, max_num_tokens, max_num_seqs, *heads, length, name) for length in lengths]
-    return max(plan for plan, _ in sizes), max(workspace for _, workspace in sizes)
+    """(bytes of a plan, bytes of a workspace) at most."""
+    return _kernels.attention_memory(
+        device_index(device),
+        max_num_tokens,
+        max_num_seqs,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        head_dim if v_head_dim is None else v_head_dim,
+        max_num_tokens if max_query_len is None else max_query_len,
+        dtype_name(dtype),
+        -1 if split_size is None else split_size,
+    )
 
 
 def warmup(device: Any = "cuda") -> None:

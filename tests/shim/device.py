@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from cuda_gpu import CudaGpu
+from reference import check
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -78,7 +79,8 @@ def scale_strides(scale: torch.Tensor) -> tuple[int, ...]:
 class Attention:
     """One call's arguments on the device, and its outputs.
 
-    `block_stride` puts the blocks of both caches that many elements apart.
+    `block_stride` puts the blocks of both caches that many elements apart. `max_query_len` is the longest query unless
+    given: what it says beside num_tokens and num_seqs chooses the kernel.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Attention:
         block_stride: int | None = None,
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
+        max_query_len: int | None = None,
     ) -> None:
         self.device = device
         num_tokens, num_heads, head_dim = batch.query.shape
@@ -133,7 +136,7 @@ class Attention:
             "head_dim": head_dim,
             "v_head_dim": v_head_dim,
             "block_size": block_size,
-            "max_query_len": int(batch.query_start_loc.diff().max()) if len(batch.seq_lens) else num_tokens,
+            "max_query_len": max_query_len or max([1, *batch.query_start_loc.diff().tolist()]),
             "window": window or 0,
             "scale": head_dim**-0.5,
             "causal": causal,
@@ -187,3 +190,8 @@ def attend(
         attention = Attention(device, batch, **options)
         attention.launch(kernel, grid, launches)
         return attention.result()
+
+
+def check_tiled(batch: Batch, out: torch.Tensor, lse: torch.Tensor, **options: Any) -> None:
+    """As `reference.check`, for kernels whose softmax has whole references."""
+    check(batch, out, lse, whole_references=True, **options)

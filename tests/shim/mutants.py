@@ -35,6 +35,12 @@ GENERIC = "test_shim_attention.py::test_generic"
 PADDING = "test_shim_attention.py::test_tokens_of_no_sequence_are_zero"
 LAYERS = "test_shim_properties.py::test_layers_that_share_a_plan"
 GROWING = "test_shim_properties.py::test_scores_that_grow"
+TILES = "test_shim_attention_tiles.py::test_however_the_work_is_cut"
+TILES_WINDOW = "test_shim_attention_tiles.py::test_window"
+TILES_BLOCKS = "test_shim_attention_tiles.py::test_blocks_out_of_range_are_masked"
+FIXED = "test_shim_attention_split.py::test_a_sequence_is_the_same_in_any_company"
+FIXED_RACES = "test_shim_attention_split.py::test_fixed_cuts_without_races"
+SMALL = "test_shim_attention_split.py::test_the_planner_cuts_no_small_pieces"
 WRITE = "test_shim_cache.py::test_reshape_and_cache"
 MOVE = "test_shim_cache.py::test_copy_and_zero"
 UPDATE = "test_shim_cache.py::test_update_block_table"
@@ -58,8 +64,8 @@ class Mutant:
 MUTANTS = [
     Mutant(
         "missing barrier before the merge",
-        "decode.cu",
-        "    sync_threads();  // the records take the place",
+        "few_rows.h",
+        "    device::sync_threads();  // the records take the place",
         "    // ",
         CUT,
         "races",
@@ -72,32 +78,32 @@ MUTANTS = [
         CUT,
         "races",
     ),
-    Mutant("missing wait", "decode.cu", "cp_async_wait<kStages - 2>();", "cp_async_wait<kStages - 1>();", CUT),
-    Mutant("missing sync_warp", "decode.cu", "    sync_warp();  // what every lane copied", "    // ", CUT, "races"),
+    Mutant("missing wait", "few_rows.h", "cp_async_wait<kStages - 2>();", "cp_async_wait<kStages - 1>();", CUT),
+    Mutant("missing sync_warp", "few_rows.h", "device::sync_warp();  // what every lane copied", "// ", CUT, "races"),
     Mutant(
         "divergent barrier",
-        "decode.cu",
-        "    sync_threads();  // the pipelines take the place",
-        "    if (thread_id() != 3) sync_threads();  // ",
+        "attend.h",
+        "    device::sync_threads();  // the next item's pipeline",
+        "    if (device::thread_id() != 3) device::sync_threads();  // ",
         CUT,
     ),
-    Mutant("off-by-one page", "page_of_key.h", "index = key / p.block_size", "index = (key + 1) / p.block_size", CUT),
+    Mutant("off-by-one page", "load.h", "quotient(key, params", "quotient(key + 1, params", CUT),
     Mutant(
         "wrong stage index",
-        "decode.cu",
-        "const int slot = stage % kStages;\n    const char*",
-        "const int slot = (stage + 1) % kStages;\n    const char*",
+        "few_rows.h",
+        "const int slot = stage % kStages;\n      const auto",
+        "const int slot = (stage + 1) % kStages;\n      const auto",
         CUT,
     ),
-    Mutant("unmasked tail", "rows.h", "key < row.end", "key <= row.end", CUT),
-    Mutant("unmasked window edge", "rows.h", "row.position - key < reach", "row.position - key <= reach", WINDOW),
+    Mutant("unmasked tail", "scores.h", "index < end[c / 2]", "index <= end[c / 2]", CUT),
+    Mutant("unmasked window edge", "scores.h", "index >= begin[c / 2]", "index + 1 >= begin[c / 2]", WINDOW),
     Mutant("bad block id", "page_of_key.h", "block >= 0 && block < p.num_blocks", "block >= 0", BLOCKS),
-    Mutant("table read past its end", "page_of_key.h", " || index >= p.max_blocks", "", TABLE_END),
+    Mutant("table read past its end", "page_of_key.h", "index >= row.count", "false", TABLE_END),
     Mutant(
         "NaN hidden",
         "finish.h",
-        "total.w == 0.0f ? 0.0f : f.o",
-        "!(total.w > 0.0f) ? 0.0f : f.o",
+        "total.w == 0.0f}",
+        "!(total.w > 0.0f)}",
         NAN,
     ),
     Mutant(
@@ -117,7 +123,7 @@ MUTANTS = [
         "races",
     ),
     Mutant("int32 offset", "load.h", "block * p.k.block_stride", "static_cast<int32_t>(block * p.k.block_stride)", FAR),
-    Mutant("V of unwritten slots", "load.h", "v + v_at, readable);", "v + v_at, true);", CUT),
+    Mutant("V of unwritten slots", "load.h", "v + v_at + v_in, readable);", "v + v_at + v_in, true);", CUT),
     Mutant(
         "merge before the last piece",
         "finish.h",
@@ -126,11 +132,11 @@ MUTANTS = [
         CUT,
         "races",
     ),
-    Mutant("counter not reset", "finish.h", "if (device::thread_id() == 0) plan.counters[first] = 0;", "//", LAYERS),
-    Mutant("sum not rescaled", "state.h", "      state.rounded[half] *= factor;\n", "", GROWING),
     Mutant(
-        "rows of the next tile", "rows.h", "s.row_tile * kTileRows + r;", "s.row_tile * (kTileRows - 1) + r;", GROUPS
+        "counter not reset", "finish.h", "if (device::thread_id() == 0) pieces.plan.counters[first] = 0;", "//", LAYERS
     ),
+    Mutant("sum not rescaled", "state.h", "      state.rounded[half] *= factor;\n", "", GROWING),
+    Mutant("rows of the next tile", "rows.h", "s.tile * s.work.rows + r;", "s.tile * (s.work.rows - 1) + r;", GROUPS),
     Mutant(
         "missing sync_warp in the generic kernel",
         "attention_generic.cu",
@@ -162,6 +168,72 @@ MUTANTS = [
         MOVE,
     ),
     Mutant("table change out of range", "cache_ops.cu", "index < 0 || index >= p.columns", "index < 0", UPDATE),
+    Mutant(
+        "missing barrier between tiles",
+        "many_rows.h",
+        "      device::sync_threads();  // what every thread copied",
+        "      // ",
+        TILES,
+        "races",
+    ),
+    Mutant(
+        "missing wait for a tile",
+        "many_rows.h",
+        "device::cp_async_wait<kStages - 2>();",
+        "device::cp_async_wait<kStages - 1>();",
+        TILES,
+    ),
+    Mutant(
+        "wrong stage of a tile",
+        "many_rows.h",
+        "const int slot = tile % kStages;\n      uint32_t",
+        "const int slot = (tile + 1) % kStages;\n      uint32_t",
+        TILES,
+    ),
+    Mutant(
+        "unmasked diagonal",
+        "many_rows.h",
+        "tile_key + kKeys <= warp.first_end",
+        "tile_key + kKeys <= warp.last_end",
+        TILES,
+    ),
+    Mutant(
+        "unmasked far window edge",
+        "many_rows.h",
+        "tile_key >= warp.last_begin",
+        "tile_key >= warp.first_begin",
+        TILES_WINDOW,
+    ),
+    Mutant(
+        "skipped window edge",
+        "many_rows.h",
+        "tile_key + kKeys <= warp.first_begin",
+        "tile_key <= warp.first_begin",
+        TILES_WINDOW,
+    ),
+    Mutant(
+        "unmasked bad block",
+        "many_rows.h",
+        "all_visible = all_visible && valid[i] == ~0u",
+        "(void)valid[i]",
+        TILES_BLOCKS,
+    ),
+    Mutant(
+        "arrivals of two items in one count", "attend.h", "if (!is_whole(s)) {", "if (pieces.lie_in_records()) {", FIXED
+    ),
+    Mutant("a fixed piece left out", "attend.h", "if (unit > 0 && !pieces", "if (unit > 1 && !pieces", FIXED),
+    Mutant(
+        "missing barrier before a fold",
+        "attend.h",
+        "    device::sync_threads();  // the piece is all there",
+        "    // ",
+        FIXED_RACES,
+        "races",
+    ),
+    Mutant(
+        "fixed pieces past their records", "spans.h", "s.item_begin + s.work.units <= plan.most_pieces", "true", FIXED
+    ),
+    Mutant("planner's cut without a record", "work.h", "int64_t{plan.grain} * weight : 1", "1 : 1", SMALL),
 ]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from device import Attention, Device, attend
+from device import Attention, Device, attend, check_tiled
 from reference import check, make_batch
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -57,14 +57,14 @@ def test_generic_masks(plain_shim: Any, window: int | None, causal: bool) -> Non
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 192, 256])
 def test_decode_head_sizes(shim: Any, dtype: torch.dtype, head_dim: int) -> None:
     batch = make_batch(LENGTHS, [1] * 8, dtype=dtype, heads=(8, 2), head_dim=head_dim)
-    check(batch, *attend(shim, batch, "tiled"))
+    check_tiled(batch, *attend(shim, batch, "tiled"))
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (8, 8), (32, 8), (28, 4), (71, 1)], ids=str)
 @pytest.mark.parametrize("query_len", [1, 2, 5])
 def test_decode_groups(plain_shim: Any, heads: tuple[int, int], query_len: int) -> None:
     batch = make_batch([40, 200, 0, 7], [query_len, 1, 1, query_len], dtype=torch.bfloat16, heads=heads)
-    check(batch, *attend(plain_shim, batch, "tiled"))
+    check_tiled(batch, *attend(plain_shim, batch, "tiled"))
 
 
 @pytest.mark.parametrize("grid", [1, 2, 3, 7, 40])
@@ -72,20 +72,20 @@ def test_decode_groups(plain_shim: Any, heads: tuple[int, int], query_len: int) 
 def test_decode_however_the_work_is_cut(shim: Any, grid: int, seed: int) -> None:
     """Items whole, split in two and over many blocks, in any order of arrival; twice over one plan, as layers do."""
     batch = make_batch([700, 3, 64, 300], [1, 1, 1, 2], dtype=torch.float16, heads=(4, 2), seed=seed)
-    check(batch, *attend(shim, batch, "tiled", grid=grid, launches=2, seed=seed))
+    check_tiled(batch, *attend(shim, batch, "tiled", grid=grid, launches=2, seed=seed))
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16, 64, 128])
 @pytest.mark.parametrize("order", ["HND", "NHD", "heads first"])
 def test_decode_layouts(plain_shim: Any, block_size: int, order: str) -> None:
     batch = make_batch(LENGTHS, [1] * 8, dtype=torch.bfloat16, block_size=block_size, order=order)
-    check(batch, *attend(plain_shim, batch, "tiled"))
+    check_tiled(batch, *attend(plain_shim, batch, "tiled"))
 
 
 @pytest.mark.parametrize("window", [1, 16, 33, 64, 1000])
 def test_decode_window(shim: Any, window: int) -> None:
     batch = make_batch([0, 1, 17, 64, 65, 300], [1, 1, 4, 1, 1, 3], dtype=torch.bfloat16, window=window)
-    check(batch, *attend(shim, batch, "tiled", window=window), window=window)
+    check_tiled(batch, *attend(shim, batch, "tiled", window=window), window=window)
 
 
 def test_decode_ignores_blocks_out_of_range(plain_shim: Any) -> None:
@@ -95,7 +95,7 @@ def test_decode_ignores_blocks_out_of_range(plain_shim: Any) -> None:
     out, lse = attend(plain_shim, batch, "tiled")
     shorter = make_batch([48], [1], dtype=torch.bfloat16)
     shorter.seq_lens[0] = 32
-    check(shorter, out, lse)
+    check_tiled(shorter, out, lse)
 
 
 KERNELS = pytest.mark.parametrize("kernel", ["generic", "tiled"])
@@ -108,7 +108,7 @@ def test_tokens_of_no_sequence_are_zero(shim: Any, kernel: str) -> None:
     padded = make_batch([40, 3], [2, 1], dtype=torch.bfloat16)
     padded.query = torch.cat([batch.query, torch.full((3, *batch.query.shape[1:]), float("nan"), dtype=torch.bfloat16)])
     out, lse = attend(shim, padded, kernel)
-    check(batch, out[:3], lse[:3])
+    check_tiled(batch, out[:3], lse[:3])
     assert (out[3:] == 0).all()
     assert lse[3:].isneginf().all()
 
@@ -146,7 +146,7 @@ def test_lengths_past_the_table_read_nothing_outside_it(plain_shim: Any, kernel:
     batch.seq_lens[0] = 1000
     out, lse = attend(plain_shim, batch, kernel)
     batch.seq_lens[0] = 32
-    check(batch, out, lse)
+    check_tiled(batch, out, lse)
 
 
 @KERNELS
@@ -160,7 +160,7 @@ def test_table_rows(plain_shim: Any, kernel: str) -> None:
     out, lse = attend(plain_shim, batch, kernel, block_table_rows=rows)
     wrong, _ = attend(plain_shim, batch, kernel, block_table_rows=torch.tensor([5, -1], dtype=torch.int32))
     batch.block_table = narrow
-    check(batch, out, lse)
+    check_tiled(batch, out, lse)
     assert (wrong == 0).all()
 
 
@@ -177,7 +177,7 @@ def test_a_recorded_step_runs_with_other_lengths(shim: Any) -> None:
             batch.seq_lens = torch.tensor(lengths, dtype=torch.int32)
             shim.copy_to_device(attention.fields["seq_lens"], batch.seq_lens.data_ptr(), batch.seq_lens.nbytes)
             recording.replay()
-            check(batch, *attention.result())
+            check_tiled(batch, *attention.result())
 
 
 @KERNELS

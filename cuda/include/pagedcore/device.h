@@ -27,6 +27,16 @@ constexpr int kWarpSize = 32;
 PAGEDCORE_DEVICE int lane_id() { return thread_id() % kWarpSize; }
 PAGEDCORE_DEVICE int warp_id() { return thread_id() / kWarpSize; }
 
+// A thread's place in its block.
+struct Lane {
+  int id;
+  int warp;
+};
+PAGEDCORE_DEVICE Lane fresh_lane() {
+  const int thread = fresh_thread_id();
+  return {thread % kWarpSize, thread / kWarpSize};
+}
+
 // Over the lanes of a group of `width` neighbours (a power of two): every lane gets the result.
 PAGEDCORE_DEVICE float reduce_max(float x, int width = kWarpSize PAGEDCORE_LINE) {
   for (int step = width / 2; step > 0; step /= 2) x = max_of(x, shuffle_xor(x, step PAGEDCORE_PASS_LINE));

@@ -22,6 +22,11 @@ constexpr uint32_t kFullMask = 0xffffffffu;  // of warp collectives: all lanes t
 using Vec16 = uint4;
 
 PAGEDCORE_DEVICE int thread_id() { return static_cast<int>(threadIdx.x); }
+PAGEDCORE_DEVICE int fresh_thread_id() {
+  int id;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(id));
+  return id;
+}
 PAGEDCORE_DEVICE int block_x() { return static_cast<int>(blockIdx.x); }
 PAGEDCORE_DEVICE int grid_x() { return static_cast<int>(gridDim.x); }
 
@@ -37,11 +42,14 @@ PAGEDCORE_DEVICE int shuffle(int x, int lane) { return __shfl_sync(kFullMask, x,
 PAGEDCORE_DEVICE float shuffle(float x, int lane) { return __shfl_sync(kFullMask, x, lane); }
 PAGEDCORE_DEVICE uint32_t ballot(bool x) { return __ballot_sync(kFullMask, x); }
 
-PAGEDCORE_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+using SharedAddress = uint32_t;
+PAGEDCORE_DEVICE SharedAddress shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+PAGEDCORE_DEVICE SharedAddress flip_bits(SharedAddress p, int bits) { return p ^ static_cast<uint32_t>(bits); }
 
-PAGEDCORE_DEVICE void cp_async_16(void* shared, const void* global, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
-               "r"(valid ? 16 : 0)
+PAGEDCORE_DEVICE void cp_async_16(SharedAddress shared, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0)
                : "memory");
 }
 PAGEDCORE_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -50,16 +58,16 @@ PAGEDCORE_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 }
 
-PAGEDCORE_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+PAGEDCORE_DEVICE void ldmatrix_x4(uint32_t (&r)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
-PAGEDCORE_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+PAGEDCORE_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
 
@@ -97,11 +105,30 @@ __device__ __forceinline__ uint32_t pack2<bf16>(float low, float high) {
   return r;
 }
 
+struct Floats2 {
+  float low, high;
+};
+template <class T>
+PAGEDCORE_DEVICE Floats2 unpack2(uint32_t pair);
+template <>
+__device__ __forceinline__ Floats2 unpack2<f16>(uint32_t pair) {
+  Floats2 r;
+  asm("{.reg .b16 low, high;\n mov.b32 {low, high}, %2;\n cvt.f32.f16 %0, low;\n cvt.f32.f16 %1, high;}"
+      : "=f"(r.low), "=f"(r.high)
+      : "r"(pair));
+  return r;
+}
+template <>
+__device__ __forceinline__ Floats2 unpack2<bf16>(uint32_t pair) {
+  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+}
+
 PAGEDCORE_DEVICE float exp2_approx(float x) {
   float r;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
+PAGEDCORE_DEVICE float divide_approx(float a, float b) { return __fdividef(a, b); }
 PAGEDCORE_DEVICE int bit_count(uint32_t x) { return __popc(x); }
 PAGEDCORE_DEVICE float max_of(float a, float b) { return fmaxf(a, b); }
 // By exp2 and a division, and near 0 by a polynomial: within 1 ulp, where tanh.approx errs by 2^-11.

@@ -21,6 +21,9 @@ struct alignas(16) Vec16 {
 };
 
 PAGEDCORE_DEVICE int thread_id() { return shim::index().thread; }
+// The same, asked anew: the compiler does not know that, and computes what follows from it where it is used, instead of
+// keeping it in registers over all of a kernel.
+PAGEDCORE_DEVICE int fresh_thread_id() { return thread_id(); }
 PAGEDCORE_DEVICE int block_x() { return shim::index().block.x; }
 PAGEDCORE_DEVICE int grid_x() { return shim::index().grid.x; }
 
@@ -39,9 +42,16 @@ PAGEDCORE_DEVICE float shuffle(float x, int lane, int line = __builtin_LINE()) {
 // Bit i: what lane i brought.
 PAGEDCORE_DEVICE uint32_t ballot(bool x, int line = __builtin_LINE()) { return shim::ballot(x, line); }
 
+// A place in shared memory: 32 bits on a device, where a pointer takes 64.
+using SharedAddress = char*;
+PAGEDCORE_DEVICE SharedAddress shared_address(void* p) { return static_cast<char*>(p); }
+PAGEDCORE_DEVICE SharedAddress flip_bits(SharedAddress p, int bits) {
+  return reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(p) ^ static_cast<uintptr_t>(bits));
+}
+
 // 16 bytes between shared and global memory, landing at the wait; zeros where `valid` is false, and `global` is not
 // read.
-PAGEDCORE_DEVICE void cp_async_16(void* shared, const void* global, bool valid) {
+PAGEDCORE_DEVICE void cp_async_16(SharedAddress shared, const void* global, bool valid) {
   shim::cp_async(shared, global, 16, valid ? 16 : 0);
 }
 PAGEDCORE_DEVICE void cp_async_commit() { shim::cp_async_commit(); }
@@ -52,10 +62,10 @@ PAGEDCORE_DEVICE void cp_async_wait() {
 }
 
 // Four 8x8 matrices of 16-bit elements: lane i brings the address of row i % 8 of matrix i / 8, 16 bytes aligned.
-PAGEDCORE_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row, int line = __builtin_LINE()) {
+PAGEDCORE_DEVICE void ldmatrix_x4(uint32_t (&r)[4], SharedAddress row, int line = __builtin_LINE()) {
   shim::ldmatrix_x4(r, row, false, line);
 }
-PAGEDCORE_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, int line = __builtin_LINE()) {
+PAGEDCORE_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], SharedAddress row, int line = __builtin_LINE()) {
   shim::ldmatrix_x4(r, row, true, line);
 }
 
@@ -76,8 +86,21 @@ PAGEDCORE_DEVICE uint32_t pack2(float low, float high) {
   return a.bits | static_cast<uint32_t>(b.bits) << 16;
 }
 
+// And back.
+struct Floats2 {
+  float low, high;
+};
+template <class T>
+PAGEDCORE_DEVICE Floats2 unpack2(uint32_t pair) {
+  return {to_float(T{static_cast<uint16_t>(pair)}), to_float(T{static_cast<uint16_t>(pair >> 16)})};
+}
+
 // Off by two units in the last place at most, and exact at zero.
 PAGEDCORE_DEVICE float exp2_approx(float x) { return x == 0.0f ? 1.0f : shim::approximate(::exp2f(x), 2); }
+// Off by two units in the last place at most; 0 for the largest divisors.
+PAGEDCORE_DEVICE float divide_approx(float a, float b) {
+  return b > 0x1p126f || b < -0x1p126f ? 0.0f : shim::approximate(a / b, 2);
+}
 PAGEDCORE_DEVICE int bit_count(uint32_t x) { return __builtin_popcount(x); }
 PAGEDCORE_DEVICE float max_of(float a, float b) { return ::fmaxf(a, b); }
 PAGEDCORE_DEVICE float tanh_of(float x) { return shim::approximate(::tanhf(x), 1); }

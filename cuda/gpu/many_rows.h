@@ -1,0 +1,172 @@
+// A tile of 64 or 128 rows: chunks of prompts, and prompts.
+//
+// Each warp has 16 rows, and their state in its registers from the first key to the last. The block walks over tiles of
+// keys, 64 or 32 at a time, that all warps share: each warp copies its part of a tile's keys, a barrier makes it
+// everybody's, and while the warps multiply the next tile is under way. Work per byte from pages: 16 flop a row.
+//
+// Shared memory: the stages, the valid bits, and above head size 128 Q.
+//
+//   | K, V of a tile | K, V of the next | ... | valid bits, a word a warp and stage; limits of a warp: 256 B | Q, where
+//   not held |
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "finish.h"
+#include "load.h"
+#include "query.h"
+#include "record.h"
+#include "rows.h"
+#include "scores.h"
+#include "state.h"
+#include "tiled.h"
+
+namespace pagedcore::gpu {
+
+template <int kDim_, class T_, int kWarps_>
+struct ManyRows {
+  using T = T_;
+  static constexpr int kDim = kDim_;
+  static constexpr int kWarps = kWarps_;
+  static constexpr int kThreads = kWarps * device::kWarpSize;
+  static constexpr int kRows = kWarps * 16;
+  using Record = gpu::Record<kRows, kDim>;
+  // Scores of 64 keys take 32 registers a thread. Above 128 the output leaves no room for them, nor for Q; and shared
+  // memory none for more keys.
+  static constexpr int kKeys = kDim <= 128 ? 64 : 32;
+  static constexpr int kStages = kDim <= 96 ? 3 : 2;
+  static constexpr bool kQueryInShared = kDim > 128;
+  using Query = std::conditional_t<kQueryInShared, QueryInShared<kDim, T>, QueryInRegisters<kDim, T>>;
+  static constexpr int kWarpKeys = kKeys / kWarps;     // that a warp copies of a tile
+  static constexpr int kSideBytes = kKeys * kDim * 2;  // K of a tile, or V
+  static constexpr int kMasksAt = kStages * 2 * kSideBytes;
+  static constexpr int kLimitsAt = kMasksAt + 128;
+  static constexpr int kQueryAt = kLimitsAt + 128;
+  static_assert(kWarps * kStages * 4 <= 128 && kWarps * 16 <= 128, "room for the masks and limits");
+  static constexpr int kSharedBytes = kQueryAt + (kQueryInShared ? kRows * kDim * 2 : 0);
+  static_assert(kSharedBytes <= kMostSharedBytes, "shared memory of one block on sm_86 and sm_89");
+  static_assert(kUnitKeys % kKeys == 0, "tiles begin where units do");
+  static_assert(!kQueryInShared || Record::kFloats * 4 <= kSharedBytes, "room to finish rows in");
+
+  // What the first and the last row of a warp see, in shared memory: keys before both or after both are skipped, keys
+  // in both need no mask.
+  struct alignas(16) Limits {
+    int first_begin, last_begin, first_end, last_end;
+  };
+
+  WarpState<kDim> state;
+
+  // Keys [key, end) of a span. Reached by the whole block.
+  PAGEDCORE_MEMBER void attend(const PlannedAttention& params, const Span& s, int key, int end, char* shared) {
+    const AttentionParams& p = params.attention;
+    const device::Lane lane = device::fresh_lane();
+    state = empty_state<kDim>();
+    const SeenKeys seen = seen_keys(p, s);
+    const int tiles = (end - key + kKeys - 1) / kKeys;
+    const auto stages = device::shared_address(shared);
+    auto* masks = reinterpret_cast<uint32_t*>(shared + kMasksAt);
+
+    const int warp_row = lane.warp * 16;
+    const int rows_here = rows_of_query(p, p.query_start_loc[s.seq + 1] - p.query_start_loc[s.seq]) - s.tile * kRows;
+    const bool works = warp_row < rows_here;
+    auto* limits = reinterpret_cast<Limits*>(shared + kLimitsAt) + lane.warp;
+    if (lane.id == 0) {
+      const Row first = row_of(params, s, warp_row);
+      const Row last = row_of(params, s, works && rows_here - 1 < warp_row + 15 ? rows_here - 1 : warp_row + 15);
+      *limits = {begin_of(p, first), begin_of(p, last), first.end, last.end};
+    }
+    device::sync_warp();
+    const Row rows[2] = {row_of(params, s, warp_row + lane.id / 4), row_of(params, s, warp_row + lane.id / 4 + 8)};
+    Query query;
+    if constexpr (kQueryInShared) {
+      QueryInShared<kDim, T>::fill(params, s, kRows, kThreads, shared + kQueryAt);  // the first tile's barrier follows
+      query.read_from(shared + kQueryAt, lane, warp_row);
+    } else {
+      query.load(p, lane, rows);
+    }
+
+    const auto place_in = [&](int tile) {
+      return seen.place_of(params, key + tile * kKeys + lane.warp * kWarpKeys + lane.id % kWarpKeys);
+    };
+    Place place = place_in(0);  // of the tile to load next: a table entry is read a tile before it is needed
+    const auto load = [&](int tile) {
+      if (tile < tiles) {
+        const int slot = tile % kStages;
+        const auto k_rows = stages + slot * 2 * kSideBytes + lane.warp * kWarpKeys * Tile<kDim>::kRowBytes;
+        const uint32_t found = load_keys<kDim, kWarpKeys, T>(p, lane, s.kv_head, place, k_rows, k_rows + kSideBytes);
+        if (lane.id == 0) masks[slot * kWarps + lane.warp] = found;
+        place = place_in(tile + 1);
+      }
+      device::cp_async_commit();  // an empty group past the end, so that groups and tiles keep the same count
+    };
+#pragma unroll 1
+    for (int tile = 0; tile < kStages - 1; ++tile) load(tile);
+#pragma unroll 1
+    for (int tile = 0; tile < tiles; ++tile) {
+      device::cp_async_wait<kStages - 2>();
+      device::sync_threads();  // what every thread copied is there for all, and all have read the tile that goes next
+      load(tile + kStages - 1);
+      const int tile_key = key + tile * kKeys;
+      const Limits warp = *limits;
+      if (!works || tile_key >= warp.last_end || tile_key + kKeys <= warp.first_begin) continue;
+
+      const int slot = tile % kStages;
+      uint32_t valid[kKeys / 32] = {};
+#pragma unroll
+      for (int i = 0; i < kWarps; ++i) {
+        valid[i * kWarpKeys / 32] |= masks[slot * kWarps + i] << i * kWarpKeys % 32;
+      }
+      bool all_visible = tile_key >= warp.last_begin && tile_key + kKeys <= warp.first_end;
+#pragma unroll
+      for (int i = 0; i < kKeys / 32; ++i) all_visible = all_visible && valid[i] == ~0u;
+      const auto k_rows = stages + slot * 2 * kSideBytes;
+      float score[kKeys / 8][4];
+      multiply_keys<kKeys>(lane, query, k_rows, score);
+      finish_scores<kKeys>(params, lane, rows, tile_key, all_visible, valid, score);
+      fold_keys<kDim, kKeys, T>(lane, score, k_rows + kSideBytes, state);
+    }
+    device::cp_async_wait<0>();
+    complete_sums(state);
+  }
+
+  PAGEDCORE_MEMBER void write(const PlannedAttention& params, const Span& s, char* shared) {
+    if constexpr (kQueryInShared) {
+      // The output leaves no registers to finish rows in.
+      auto* record = reinterpret_cast<float*>(shared);
+      device::sync_threads();  // the record takes the stages' place
+      leave(shared, record);
+      device::sync_threads();
+      write_output<ManyRows, T, false>(params, s, {record, record, Record::kFloats, 1});
+    } else {
+      write_rows(params, s);
+    }
+  }
+
+  PAGEDCORE_MEMBER void leave(char*, float* record) {
+    const device::Lane lane = device::fresh_lane();
+    write_record<kRows>(lane, state, lane.warp * 16, record);
+  }
+
+ private:
+  PAGEDCORE_MEMBER void write_rows(const PlannedAttention& params, const Span& s) {
+    const AttentionParams& p = params.attention;
+    const device::Lane lane = device::fresh_lane();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Row row = row_of(params, s, lane.warp * 16 + lane.id / 4 + half * 8);
+      if (!row.valid) continue;
+      const RowEnd end = end_of_row(p, row, state.m[half], state.rounded[half], state.exact[half]);
+      T* out = start_of_output<T>(p, row) + lane.id % 4 * 2;
+#pragma unroll
+      for (int i = 0; i < kDim / 8; ++i) {
+        const uint32_t pair = device::pack2<T>(end.value(state.o[i][half * 2]), end.value(state.o[i][half * 2 + 1]));
+        out[i * 8].bits = static_cast<uint16_t>(pair);
+        out[i * 8 + 1].bits = static_cast<uint16_t>(pair >> 16);
+      }
+      if (lane.id % 4 == 0) write_lse(p, row, end);
+    }
+  }
+};
+
+}  // namespace pagedcore::gpu
