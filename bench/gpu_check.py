@@ -191,7 +191,8 @@ def core(report: Report, site: Path) -> None:
     """The tests that the shim runs, on the device; what only a device has; a model's answers."""
     shim = "tests/shim"
     build = "plain" if report.rehearsal else "cuda"
-    files = [f"{shim}/test_shim_attention.py", f"{shim}/test_shim_properties.py"]
+    attention = sorted(path.name for path in (ROOT / shim).glob("test_shim_attention*.py"))
+    files = [f"{shim}/{name}" for name in (*attention, "test_shim_properties.py")]
     pytest(report, site, "attention", files, {"PAGEDCORE_TEST_SHIM": build}, 150)
     device = {"PAGEDCORE_TEST_DEVICE": "cpu" if report.rehearsal else "cuda"}
     pytest(report, site, "graphs, cache, CuPy, model", ["tests/device"], device, 120)

@@ -74,6 +74,9 @@ def test_the_shims_tests_are_chosen_for_a_gpu() -> None:
     chosen = [line.partition("::")[::2] for line in done.stdout.splitlines() if "::" in line]
     assert {Path(file).stem for file, _ in chosen} == {
         "test_shim_attention",
+        "test_shim_attention_features",
+        "test_shim_attention_split",
+        "test_shim_attention_tiles",
         "test_shim_properties",
         "test_shim_sweep",
     }

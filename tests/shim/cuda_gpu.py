@@ -24,6 +24,7 @@ class CudaGpu:
         *,
         launches: int = 1,
         block_stride: int | None = None,
+        max_query_len: int | None = None,
         **options: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(out, lse) on the CPU; "generic" by a query that no tiled kernel takes, as it does not start on 16 bytes."""
@@ -37,7 +38,7 @@ class CudaGpu:
         options = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
         plan = None
         num_tokens, num_heads, head_dim = query.shape
-        longest = int(batch.query_start_loc.diff().max()) if len(batch.seq_lens) else num_tokens
+        longest = max_query_len or max([1, *batch.query_start_loc.diff().tolist()])
         if launches > 1:
             plan = ops.plan_attention(
                 index[1],

@@ -68,6 +68,7 @@ def test_fixed_cuts_without_races(race_shim: Any, split_size: int) -> None:
             assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True)), name
 
 
+@pytest.mark.shim_only
 @pytest.mark.parametrize("split_size", [-1, 0, 64])
 def test_memory_follows_from_shapes(plain_shim: Any, split_size: int) -> None:
     """Neither lengths nor the table's contents say how much: a recorded step must run with others."""
@@ -82,6 +83,7 @@ def test_memory_follows_from_shapes(plain_shim: Any, split_size: int) -> None:
     assert len(sizes) == 1
 
 
+@pytest.mark.shim_only
 def test_the_planner_cuts_no_small_pieces(plain_shim: Any) -> None:
     """Many multiprocessors and little work: the plan leaves most of them idle rather than merge pieces of 64 keys."""
     batch = make_batch([1024], [1], dtype=torch.bfloat16, heads=(1, 1))
