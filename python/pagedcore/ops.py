@@ -18,6 +18,8 @@ import sys
 from typing import Any
 
 from pagedcore import _kernels
+from pagedcore.cascade import cascade_attention as cascade_attention
+from pagedcore.cascade import cascade_workspace_size as cascade_workspace_size
 from pagedcore.layout import dtype_name
 from pagedcore.tensors import (
     block_tensors,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from contextlib import nullcontext
 from typing import Any
@@ -106,3 +107,14 @@ def block_tensors(kv: Any) -> list[Any]:
     if isinstance(kv, (list, tuple)):
         return [tensor for item in kv for tensor in block_tensors(item)]
     return [kv]
+
+
+def carve(memory: Any, offset: int, shape: tuple[int, ...], dtype: Any) -> Any:
+    """A part of a uint8 ``[bytes]`` tensor as a tensor of this shape and dtype, a name or the library's own."""
+    if hasattr(memory, "new_empty"):  # torch
+        kind = getattr(sys.modules["torch"], dtype) if isinstance(dtype, str) else dtype
+        size = math.prod(shape) * kind.itemsize
+        return memory[offset : offset + size].view(kind).view(shape)
+    xp = array_module(memory)
+    size = math.prod(shape) * xp.dtype(dtype).itemsize
+    return memory[offset : offset + size].view(dtype).reshape(shape)

@@ -17,6 +17,7 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from pagedcore import _kernels, ops
+from pagedcore.cascade import attend_in_parts
 from pagedcore.errors import InvalidArgumentError
 from pagedcore.tensors import require_axes
 
@@ -52,6 +53,15 @@ OPERATORS = {  # by name, their schemas
     "scatter_blocks": "(Tensor(a!)[] caches, Tensor blocks, Tensor src, *, int? num_threads=None)",
     "update_block_table": "(Tensor(a!) table, Tensor updates)",
 }
+
+
+# Made of the others, and one operator all the same: what a call's indices hold is checked when it runs.
+CASCADE = (
+    "(Tensor query, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, Tensor query_start_loc,"
+    " Tensor(a!) out, Tensor(b!)? lse=None, *, int num_shared_blocks, float? scale=None, bool causal=True,"
+    " float softcap=0.0, Tensor? sinks=None, Tensor? k_scale=None, Tensor? v_scale=None, int? max_query_len=None,"
+    " int? max_seq_len=None, Tensor? block_table_rows=None, Tensor(c!)? workspace=None, int? num_threads=None)"
+)
 
 
 # What can be checked of a call without its data: dtypes, and the names of axes, each of which has one size in a call.
@@ -148,11 +158,16 @@ def _fake(names: list[str]) -> Callable[..., None]:
 
 def _register() -> None:
     for name, schema in OPERATORS.items():
-        _LIBRARY.define(f"{name}{schema} -> ()")
-        # For every device: a tensor that the kernels cannot take is refused by them, in words, not by the dispatcher.
-        _LIBRARY.impl(name, getattr(_kernels, name), "CompositeExplicitAutograd")
-        names = list(inspect.signature(getattr(_kernels, name)).parameters)
-        torch.library.register_fake(f"pagedcore::{name}", _fake(names), lib=_LIBRARY)
+        _register_one(name, schema, getattr(_kernels, name))
+    _register_one("cascade_attention", CASCADE, attend_in_parts)
+
+
+def _register_one(name: str, schema: str, function: Callable[..., None]) -> None:
+    _LIBRARY.define(f"{name}{schema} -> ()")
+    # For every device: a tensor that the kernels cannot take is refused by them, in words, not by the dispatcher.
+    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    names = list(inspect.signature(function).parameters)
+    torch.library.register_fake(f"pagedcore::{name}", _fake(names), lib=_LIBRARY)
 
 
 def needs_dispatcher(*tensors: Any) -> bool:

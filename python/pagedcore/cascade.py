@@ -1,0 +1,406 @@
+"""Attention of sequences that begin with the same blocks: the shared keys are read once for all of them.
+
+Three calls make it. One pass attends over the shared blocks as if all query rows were one sequence's, without a causal
+mask, since every query comes after them. A second attends over what each sequence has for itself. `merge_states` makes
+one result of both, and adds the sinks.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+
+from pagedcore.errors import InvalidArgumentError, UnsupportedError
+from pagedcore.layout import ITEM_SIZES, dtype_name
+from pagedcore.tensors import array_module, carve, device_index, device_of, new_bytes, new_lse, new_out, require_axes
+
+_ALIGNMENT = 256  # bytes: every part of a workspace begins on one
+
+
+def cascade_attention(
+    query: Any,
+    k_cache: Any,
+    v_cache: Any,
+    block_table: Any,
+    seq_lens: Any,
+    query_start_loc: Any,
+    *,
+    num_shared_blocks: int,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    k_scale: Any = None,
+    v_scale: Any = None,
+    out: Any = None,
+    lse: Any = None,
+    return_lse: bool = False,
+    max_query_len: int | None = None,
+    max_seq_len: int | None = None,
+    block_table_rows: Any = None,
+    split_size: int | None = None,
+    workspace: Any = None,
+    num_threads: int | None = None,
+) -> Any:
+    """`paged_attention` of sequences whose first `num_shared_blocks` blocks are the same, which are read once.
+
+    Arguments and result are those of `paged_attention`. Every sequence has all its queries of this call behind the
+    shared blocks (seq_len - query_len >= num_shared_blocks * block_size), or is padding: seq_len 0, which gives 0 with
+    lse -inf. On the CPU that is checked, and where padding stands does not matter; a GPU takes the shared blocks from
+    the first sequence's row of the table, so that there padding comes last. 0 shared blocks: `paged_attention` itself.
+
+    The two passes round their outputs to the query's dtype before they are merged: one rounding more than
+    `paged_attention` has.
+
+    workspace: uint8 ``[cascade_workspace_size(...)]`` of one's own, in which all that lies between the passes is kept;
+    with it, `out`, and `lse` if one is wanted, nothing is allocated. It belongs to one stream.
+
+    Raises UnsupportedError for a window (unless it is no shorter than max_seq_len), ALiBi and a split_size: a bias and
+    a window would need positions that the shared pass does not have, and results do depend on who shares.
+    """
+    from pagedcore import ops
+
+    _refuse_options(window, max_seq_len, alibi_slopes, split_size)
+    if out is None:
+        out = new_out(query, v_cache)
+    if lse is None and return_lse:
+        lse = new_lse(query, "query", "head_dim")
+    tensors = (query, k_cache, v_cache, block_table, seq_lens, query_start_loc, out, lse, sinks, k_scale, v_scale)
+    traced = ops.is_compiling() or ops.any_subclass(*tensors, block_table_rows, workspace)
+    attend = sys.modules["torch"].ops.pagedcore.cascade_attention if traced else attend_in_parts
+    attend(
+        query,
+        k_cache,
+        v_cache,
+        block_table,
+        seq_lens,
+        query_start_loc,
+        out,
+        lse,
+        num_shared_blocks=num_shared_blocks,
+        scale=scale,
+        causal=causal,
+        softcap=softcap,
+        sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        max_query_len=max_query_len,
+        max_seq_len=max_seq_len,
+        block_table_rows=block_table_rows,
+        workspace=workspace,
+        num_threads=num_threads,
+    )
+    return out if lse is None else (out, lse)
+
+
+def cascade_workspace_size(
+    max_num_tokens: int,
+    max_num_seqs: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    v_head_dim: int | None = None,
+    dtype: Any = "bfloat16",
+    device: Any = "cuda",
+) -> int:
+    """Bytes of a workspace for every `cascade_attention` of at most these sizes, from shapes alone."""
+    dim = head_dim if v_head_dim is None else v_head_dim
+    sizes = (max_num_tokens, max_num_seqs, num_heads, num_kv_heads, head_dim, dim)
+    return _places(*sizes, dtype_name(dtype), device_index(device))["end"]
+
+
+def attend_in_parts(
+    query: Any,
+    k_cache: Any,
+    v_cache: Any,
+    block_table: Any,
+    seq_lens: Any,
+    query_start_loc: Any,
+    out: Any,
+    lse: Any = None,
+    *,
+    num_shared_blocks: int,
+    scale: float | None = None,
+    causal: bool = True,
+    softcap: float = 0.0,
+    sinks: Any = None,
+    k_scale: Any = None,
+    v_scale: Any = None,
+    max_query_len: int | None = None,
+    max_seq_len: int | None = None,
+    block_table_rows: Any = None,
+    workspace: Any = None,
+    num_threads: int | None = None,
+) -> None:
+    """`cascade_attention` into `out`, and `lse` if it is given: what ``torch.ops.pagedcore.cascade_attention`` is."""
+    from pagedcore import ops
+
+    block_table, block_table_rows = sliceable(block_table), sliceable(block_table_rows)
+    num_tokens, num_heads, head_dim = require_axes("query", query, "num_tokens", "num_heads", "head_dim")
+    num_kv_heads, block_size = require_axes("k_cache", k_cache, "num_blocks", "num_kv_heads", "block_size", "dim")[1:3]
+    v_head_dim = require_axes("v_cache", v_cache, "num_blocks", "num_kv_heads", "block_size", "v_head_dim")[3]
+    options = {"scale": scale, "softcap": softcap, "k_scale": k_scale, "v_scale": v_scale, "num_threads": num_threads}
+    call = _Call.checked(
+        block_table, seq_lens, query_start_loc, block_table_rows, num_shared_blocks, block_size, max_seq_len
+    )
+    if call.donor is None:  # nothing is shared, or nobody is there
+        ops.paged_attention(
+            query,
+            k_cache,
+            v_cache,
+            block_table,
+            seq_lens,
+            query_start_loc,
+            causal=causal,
+            sinks=sinks,
+            out=out,
+            lse=lse,
+            max_query_len=max_query_len,
+            max_seq_len=max_seq_len,
+            block_table_rows=block_table_rows,
+            **options,
+        )
+        return
+    device = device_of(query)
+    sizes = (num_tokens, call.num_seqs, num_heads, num_kv_heads, head_dim, v_head_dim)
+    places = _places(*sizes, dtype_name(_dtype_of(query)), device)
+    if workspace is None:
+        workspace = new_bytes(query, places["end"])
+    else:
+        _require_bytes(workspace, places["end"])
+
+    def part(name: str, dtype: Any, *shape: int) -> Any:
+        return carve(workspace, places[name], shape, dtype)
+
+    states = [part(name, _dtype_of(query), num_tokens, num_heads, v_head_dim) for name in ("shared", "own")]
+    lses = [part(name, "float32", num_tokens, num_heads) for name in ("shared lse", "own lse")]
+    shared_len, starts = part("length", "int32", 1), part("starts", "int32", 2)
+    own_lens = part("own lengths", "int32", call.num_seqs)
+    shared_tokens = num_shared_blocks * block_size
+    fill(shared_len, shared_tokens)
+    fill(starts[:1], 0)
+    fill(starts[1:], num_tokens)
+    subtract(seq_lens, shared_tokens, own_lens)
+    # The passes run one after the other, so they share what memory they need themselves.
+    memory = carve(workspace, places["attention"], (places["end"] - places["attention"],), "uint8")
+    first = slice(call.donor, call.donor + 1)
+    ops.paged_attention(
+        query,
+        k_cache,
+        v_cache,
+        block_table[:, :num_shared_blocks] if block_table_rows is not None else block_table[first, :num_shared_blocks],
+        shared_len,
+        starts,
+        causal=False,
+        out=states[0],
+        lse=lses[0],
+        max_query_len=num_tokens,
+        block_table_rows=None if block_table_rows is None else block_table_rows[first],
+        workspace=memory,
+        **options,
+    )
+    ops.paged_attention(
+        query,
+        k_cache,
+        v_cache,
+        block_table[:, num_shared_blocks:],
+        own_lens,
+        query_start_loc,
+        causal=causal,
+        out=states[1],
+        lse=lses[1],
+        max_query_len=max_query_len,
+        block_table_rows=block_table_rows,
+        workspace=memory,
+        **options,
+    )
+    hide(lses[0], lses[1], part("mask", "bool", num_tokens, num_heads))
+    merged = part("lse", "float32", num_tokens, num_heads) if lse is None else lse
+    ops.merge_states(states[0], lses[0], states[1], lses[1], sinks, out=out, lse=merged, num_threads=num_threads)
+
+
+# ------------------------------------------------------------------------------------------------------------ checks
+
+
+def _refuse_options(window: int | None, max_seq_len: int | None, alibi_slopes: Any, split_size: int | None) -> None:
+    name, got, expected, reason = "", "", "none", ""
+    if window is not None and (max_seq_len is None or window < max_seq_len):
+        name, got, expected = "window", str(window), "none, or one no shorter than max_seq_len"
+        reason = "the shared blocks are seen whole"
+    elif alibi_slopes is not None:
+        name, got, reason = "alibi_slopes", "slopes", "the shared blocks are seen without positions"
+    elif split_size is not None:
+        name, got, reason = "split_size", str(split_size), "the result depends on who shares"
+    if name:
+        raise UnsupportedError(
+            f"{name}: expected {expected}, got {got}: {reason} in cascade attention",
+            hint="use paged_attention",
+            argument=name,
+            got=got,
+            expected=expected,
+        )
+
+
+def _refuse(argument: str, expected: str, got: Any) -> NoReturn:
+    raise InvalidArgumentError(
+        f"{argument}: expected {expected}, got {got}", argument=argument, got=got, expected=expected
+    )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What is known of a call once it is checked."""
+
+    num_seqs: int
+    donor: int | None  # the sequence whose row of the table has the shared blocks; None: nothing to share
+
+    @classmethod
+    def checked(
+        cls,
+        block_table: Any,
+        seq_lens: Any,
+        query_start_loc: Any,
+        block_table_rows: Any,
+        num_shared_blocks: int,
+        block_size: int,
+        max_seq_len: int | None,
+    ) -> _Call:
+        """Shapes; and, of index tensors in the host's memory, what they hold."""
+        table_rows, max_blocks = require_axes("block_table", block_table, "num_seqs", "max_blocks")
+        (num_seqs,) = require_axes("seq_lens", seq_lens, "num_seqs")
+        (num_starts,) = require_axes("query_start_loc", query_start_loc, "num_seqs + 1")
+        num_rows = table_rows
+        if block_table_rows is not None:
+            (num_rows,) = require_axes("block_table_rows", block_table_rows, "num_seqs")
+        if num_rows != num_seqs:
+            _refuse(
+                "block_table" if block_table_rows is None else "block_table_rows", f"num_seqs = {num_seqs}", num_rows
+            )
+        if num_starts != num_seqs + 1:
+            _refuse("query_start_loc", f"{num_seqs + 1} entries, one more than seq_lens has", num_starts)
+        if isinstance(num_shared_blocks, bool) or not isinstance(num_shared_blocks, int):
+            _refuse("num_shared_blocks", "an int", repr(num_shared_blocks))
+        if not 0 <= num_shared_blocks < max(max_blocks, 1):
+            _refuse("num_shared_blocks", f"0 or more, and fewer than the {max_blocks} columns", num_shared_blocks)
+        if num_shared_blocks == 0 or num_seqs == 0:
+            return cls(num_seqs, None)
+        index = (block_table, seq_lens, query_start_loc, *(() if block_table_rows is None else (block_table_rows,)))
+        if any(device_of(tensor) >= 0 for tensor in index):
+            return cls(num_seqs, 0)
+        table, lens, starts, *rows = (np.asarray(tensor) for tensor in index)
+        live = np.flatnonzero(lens)
+        if not live.size:
+            return cls(num_seqs, None)
+        shared_tokens = num_shared_blocks * block_size
+        behind = lens - np.diff(starts)
+        if (short := live[behind[live] < shared_tokens]).size:
+            seq = int(short[0])
+            expected = (
+                f"{shared_tokens} tokens or more before the sequence's queries, {num_shared_blocks} shared blocks"
+            )
+            _refuse(f"seq_lens[{seq}]", expected, int(behind[seq]))
+        limit = max_blocks * block_size if max_seq_len is None else min(max_seq_len, max_blocks * block_size)
+        if (long := live[lens[live] > limit]).size:
+            _refuse(f"seq_lens[{int(long[0])}]", f"at most {limit}", int(lens[long[0]]))
+        of = rows[0][live] if rows else live
+        if rows and (wrong := (of < 0) | (of >= table_rows)).any():
+            seq = int(live[wrong.argmax()])
+            _refuse(f"block_table_rows[{seq}]", f"a row in [0, {table_rows})", int(rows[0][seq]))
+        other = table[of, :num_shared_blocks] != table[of[0], :num_shared_blocks]
+        if other.any():
+            at, index_of_block = (int(i[0]) for i in other.nonzero())
+            _refuse(
+                "block_table",
+                f"the same first {num_shared_blocks} blocks for all sequences",
+                f"another at index {index_of_block} of sequence {int(live[at])}",
+            )
+        return cls(num_seqs, int(live[0]))
+
+
+# --------------------------------------------------------------------------------------------------------- workspace
+
+
+@functools.lru_cache(maxsize=256)  # the layers of a step ask for the same
+def _places(
+    num_tokens: int,
+    num_seqs: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    v_head_dim: int,
+    dtype: str,
+    device: int,
+) -> dict[str, int]:
+    """Where each part of a workspace begins, in bytes; ``end`` is its size."""
+    from pagedcore import ops
+
+    rows = num_tokens * num_heads
+    state = rows * v_head_dim * ITEM_SIZES[dtype]
+    sizes = {"shared": state, "own": state, "shared lse": 4 * rows, "own lse": 4 * rows, "lse": 4 * rows, "mask": rows}
+    sizes |= {"length": 4, "starts": 8, "own lengths": 4 * num_seqs}
+    sizes["attention"] = ops.attention_workspace_size(
+        num_tokens, num_seqs, num_heads, num_kv_heads, head_dim, v_head_dim=v_head_dim, dtype=dtype, device=device
+    )
+    places, at = {}, 0
+    for name, size in sizes.items():
+        places[name] = at
+        at += -(-size // _ALIGNMENT) * _ALIGNMENT
+    places["end"] = at
+    return places
+
+
+def _require_bytes(workspace: Any, size: int) -> None:
+    (got,) = require_axes("workspace", workspace, "bytes")
+    if (dtype := str(_dtype_of(workspace)).removeprefix("torch.")) != "uint8":
+        _refuse("workspace", "dtype uint8", dtype)
+    if got < size:
+        _refuse("workspace", f"{size} bytes or more", got)
+
+
+def _dtype_of(tensor: Any) -> Any:
+    return getattr(tensor, "dtype", None) or array_module(tensor).asarray(tensor).dtype
+
+
+def sliceable(tensor: Any) -> Any:
+    """A memoryview as an array; what the libraries made themselves, and None, as it is."""
+    return np.asarray(tensor) if isinstance(tensor, memoryview) else tensor
+
+
+# What torch, NumPy and CuPy call differently. Each is put on the current stream, and allocates nothing.
+
+
+def fill(out: Any, value: int) -> None:
+    """Every element of out becomes value."""
+    if hasattr(out, "fill_"):
+        out.fill_(value)
+    else:
+        out.fill(value)
+
+
+def subtract(lens: Any, tokens: int, out: Any) -> None:
+    """``out = max(lens - tokens, 0)``."""
+    if hasattr(out, "fill_"):
+        sys.modules["torch"].sub(lens, tokens, out=out).clamp_(min=0)
+    else:
+        xp = array_module(out)
+        xp.subtract(lens, tokens, out=out)
+        xp.maximum(out, 0, out=out)
+
+
+def hide(lse_shared: Any, lse_own: Any, mask: Any) -> None:
+    """``lse_shared = -inf`` where lse_own is: a query sees itself at least, or it is padding. mask is overwritten."""
+    if hasattr(mask, "fill_"):
+        sys.modules["torch"].eq(lse_own, -math.inf, out=mask)
+        lse_shared.masked_fill_(mask, -math.inf)
+    else:
+        xp = array_module(mask)
+        xp.equal(lse_own, -math.inf, out=mask)
+        xp.copyto(lse_shared, -math.inf, where=mask)
