@@ -217,6 +217,20 @@ def make_batch(
     return Batch(query.to(device), k_cache, v_cache, table.to(device), lengths.to(device), starts.to(device))
 
 
+SHARED = 3  # blocks that the sequences of `sharing` begin with
+
+
+def sharing(
+    own: Sequence[int], query_lens: Sequence[int], *, shared: int = SHARED, block_size: int = 16, **options: Any
+) -> Batch:
+    """`make_batch` of sequences that begin with the same blocks and have `own` tokens more; 0 own tokens: padding."""
+    lengths = [shared * block_size + n if n else 0 for n in own]
+    batch = make_batch(lengths, query_lens, block_size=block_size, **options)
+    live = batch.seq_lens > 0
+    batch.block_table[live, :shared] = batch.block_table[live][0, :shared].clone()
+    return batch
+
+
 _FEATURES = (
     ("softcap",),
     ("alibi_slopes",),

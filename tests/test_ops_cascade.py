@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,23 +14,10 @@ from codes import GRANULARITIES, Quantized
 from pagedcore import KVCacheLayout, ops
 from pagedcore.cascade import attend_in_parts
 from pagedcore.errors import InvalidArgumentError, UnsupportedError
-from reference import GARBAGE, Batch, check, features, make_batch
+from reference import GARBAGE, SHARED, Batch, check, features, sharing
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SHARED = 3  # blocks, of 16 tokens: 48
 NAN = float("nan")
-
-
-def sharing(
-    own: list[int], query_lens: list[int], *, shared: int = SHARED, block_size: int = 16, **options: Any
-) -> Batch:
-    """A batch whose sequences share their first blocks and have so many tokens of their own; None own: padding."""
-    lengths = [shared * block_size + n if n else 0 for n in own]
-    batch = make_batch(lengths, query_lens, block_size=block_size, **options)
-    live = int(batch.seq_lens.nonzero()[0])
-    table = batch.block_table.clone()
-    table[batch.seq_lens > 0, :shared] = table[live, :shared].clone()
-    return replace(batch, block_table=table)
 
 
 def cascade(batch: Batch, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -260,3 +249,14 @@ def test_a_prefix_that_was_written_once() -> None:
     args = (torch.randn(3, 4, 16), k_cache, v_cache, table, torch.full((3,), 9).int(), torch.arange(4).int())
     got = ops.cascade_attention(*args, num_shared_blocks=2)
     torch.testing.assert_close(got, ops.paged_attention(*args), rtol=1e-5, atol=1e-6)
+
+
+def test_the_benchmark_runs(tmp_path: Path) -> None:
+    """It compares the two before it times them."""
+    from pagedcore.bench.__main__ import main
+
+    path = tmp_path / "result.json"
+    assert main(["cascade", "--quick", "--json", str(path)]) == 0
+    results = json.loads(path.read_text())["results"]
+    assert [r["case"].rsplit(" ", 1)[1] for r in results] == ["float32", "float16", "bfloat16"]
+    assert all(r["baseline"] == "paged_attention" and r["ratio"] > 0 for r in results)

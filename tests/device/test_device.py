@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from pagedcore import ops
-from reference import check, make_batch
+from reference import SHARED, check, make_batch, sharing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -99,6 +99,47 @@ def test_a_graph_replays_at_other_lengths(dtype: torch.dtype) -> None:
         graph.replay()
         torch.cuda.synchronize()
         check(batch, out.cpu(), lse.cpu())
+
+
+@FLOATS
+def test_a_shared_prefix_on_the_device(dtype: torch.dtype) -> None:
+    """With padding last; a row may have the roundings of three outputs."""
+    batch = sharing([1, 16, 17, 200, 0, 0], [1] * 6, dtype=dtype, heads=(8, 2))
+    args = [tensor.to(DEVICE) for tensor in batch.args]
+    out, lse = ops.cascade_attention(*args, num_shared_blocks=SHARED, return_lse=True, max_query_len=1)
+    check(batch, out.cpu(), lse.cpu(), row_factor=5, whole_references=DEVICE != "cpu")
+
+
+@on_gpu
+def test_a_shared_prefix_in_a_graph() -> None:
+    """Nothing is read back or allocated: captured at one set of lengths, replayed at others and with padding."""
+    batch = sharing([250, 250, 250, 250], [1] * 4, dtype=torch.float16, heads=(8, 2), head_dim=128)
+    query, k_cache, v_cache, table, seq_lens, starts = (tensor.cuda() for tensor in batch.args)
+    out, lse = torch.empty_like(query), torch.empty(query.shape[:2], device="cuda")
+    size = ops.cascade_workspace_size(4, 4, 8, 2, 128, dtype=torch.float16)
+    workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
+    ops.warmup()
+
+    def step() -> None:
+        ops.cascade_attention(
+            query, k_cache, v_cache, table, seq_lens, starts, num_shared_blocks=SHARED, out=out, lse=lse,
+            workspace=workspace, max_query_len=1,
+        )  # fmt: skip
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for own in ([250, 250, 250, 250], [1, 249, 17, 16], [64, 2, 0, 0], [0, 0, 0, 0]):
+        batch.seq_lens = torch.tensor([16 * SHARED + n if n else 0 for n in own], dtype=torch.int32)
+        seq_lens.copy_(batch.seq_lens)
+        out.fill_(float("nan"))
+        lse.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        check(batch, out.cpu(), lse.cpu(), row_factor=5, whole_references=True)
 
 
 @on_gpu

@@ -18,6 +18,7 @@ CODES = {  # DLPack's type code, bits, and the typestr of __cuda_array_interface
     torch.int32: (0, 32, "<i4"),
     torch.int64: (0, 64, "<i8"),
     torch.uint8: (1, 8, "|u1"),
+    torch.bool: (6, 8, "|b1"),
 }
 WAYS = ("exchange api", "array interface", "attributes")
 CUDA, CUDA_HOST, ROCM, MANAGED = 2, 3, 10, 13  # DLPack's device types
@@ -92,6 +93,9 @@ def exchange_tensor_class(gpu: ShimGpu) -> type:
             super().__init__(first, list(like.shape), list(like.stride()), code, bits, device_type, device)
             self.gpu, self.address, self.like = gpu, address, like
             self.dtype, self.device = like.dtype, SimpleNamespace(type="cuda", index=device)
+
+        def __getitem__(self, slices: Any) -> Any:
+            return ExchangeTensor(self.address, self.like[slices], self.device.index)
 
         def new_empty(self, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Any:
             return gpu.empty(shape, dtype or self.dtype, self.device.index)

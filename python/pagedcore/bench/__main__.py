@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pagedcore.bench.harness import Session
 
-SUITES = {"attention": "pagedcore.bench.attention"}
+SUITES = {"attention": "pagedcore.bench.attention", "cascade": "pagedcore.bench.cascade"}
 
 
 def main(argv: list[str] | None = None) -> int:
