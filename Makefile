@@ -102,6 +102,10 @@ cuda-gates: $(BUILT) ## Build the GPU kernels into the package with nvcc; no spi
 gpu-check-core: ## On a machine with a GPU: the device tests (8 minutes); ARGS=--rehearse without one
 	@python3 bench/gpu_check.py core $(ARGS)
 
+.PHONY: gpu-check-bench
+gpu-check-bench: ## On a machine with a GPU: attention beside a copy and other libraries (8 minutes); ARGS=--rehearse without one
+	@python3 bench/gpu_check.py bench $(ARGS)
+
 .PHONY: gpu-check-sanitizer
 gpu-check-sanitizer: ## On a machine with a GPU: compute-sanitizer's four tools on small shapes (5 minutes)
 	@python3 bench/gpu_check.py sanitizer $(ARGS)

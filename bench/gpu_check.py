@@ -1,11 +1,12 @@
-"""Checks on a machine with a GPU: `make gpu-check-core` and `make gpu-check-sanitizer`.
+"""Checks on a machine with a GPU: `make gpu-check-core`, `make gpu-check-bench` and `make gpu-check-sanitizer`.
 
-    python3 bench/gpu_check.py core|sanitizer [--rehearse]
+    python3 bench/gpu_check.py core|bench|sanitizer [--rehearse]
 
 Needs this source tree with `python/pagedcore/_core.abi3.so` in it (built anywhere: it runs under every Python from 3.11
 on), and on the machine: nvcc 12.4 or newer, CMake, ninja, pybind11, torch with CUDA, numpy, pytest and, for the model,
 transformers. No Rust, no network. `_kernels` is compiled first, for this GPU and this Python alone, into
-build/gpu-check, where a package of its own is put together: the tree is left as it is.
+build/gpu-check, where a package of its own is put together: the tree is left as it is. The wheels of other libraries in
+.gpu-wheels, where there are any, are installed beside it for the benchmark.
 
 --rehearse does without a GPU what can be done there: the same script, the same tests on the host shim and on the CPU.
 
@@ -30,6 +31,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "gpu-check"
+WHEELS = ROOT / ".gpu-wheels"
+BENCH_SECONDS = 470  # of gpu-check-bench, the build included
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
@@ -199,6 +202,62 @@ def core(report: Report, site: Path) -> None:
     pytest(report, site, "sweep", [f"{shim}/test_shim_sweep.py"], {"PAGEDCORE_TEST_SHIM": build}, 200)
 
 
+def install_peers(report: Report) -> Path | None:
+    """A folder with the libraries in .gpu-wheels and nothing else; None where there are none."""
+    if report.rehearsal:
+        report.add("peers' wheels", "not run", detail="needs a GPU")
+        return None
+    wheels = sorted(map(str, WHEELS.glob("*.whl")))
+    if not wheels:
+        report.add("peers' wheels", "not run", detail=f"none in {WHEELS.name}: `make gpu-wheels` gathers them")
+        return None
+    start, log, target = time.monotonic(), WORK / "peers.log", WORK / "peers"
+    shutil.rmtree(target, ignore_errors=True)
+    install = ["install", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--target", str(target)]
+    code = run([sys.executable, "-m", "pip", "--disable-pip-version-check", *install, *wheels], log, seconds=60)
+    report.add("peers' wheels", "failed" if code else "passed", time.monotonic() - start, f"{len(wheels)} wheels")
+    if code:
+        print(tail(log), flush=True)
+        return None
+    return target
+
+
+def bench(report: Report, site: Path, out: Path, end: float) -> None:
+    """`pagedcore.bench attention` until `end` (of `time.monotonic`), beside the peers that are here.
+
+    A library may break the device for the process that called it. The benchmark says which, and goes on without it
+    from where it was.
+    """
+    peers = install_peers(report)
+    paths = [str(site), str(peers or ""), os.environ.get("PYTHONPATH", "")]
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+    environment["FLASHINFER_WORKSPACE_BASE"] = str(WORK)  # what it compiles is kept below
+    if peers:
+        environment["PATH"] = os.pathsep.join([os.environ["PATH"], str(peers / "bin")])
+    out.mkdir(parents=True, exist_ok=True)
+    document, log = out / "attention.json", WORK / "bench.log"
+    document.unlink(missing_ok=True)
+    more = ["--rehearse"] if report.rehearsal else ["--device", "cuda"]
+    while True:
+        start = time.monotonic()
+        seconds = max(60.0, end - start)
+        command = [sys.executable, "-m", "pagedcore.bench", "attention", "--json", str(document), *more]
+        code = run([*command, "--seconds", f"{seconds - 30:.0f}"], log, seconds=seconds, environment=environment)
+        print(tail(log, 90), flush=True)
+        found = json.loads(document.read_text()) if document.is_file() else {}
+        counts = {"figures": len(found.get("results", ())), "not run": len(found.get("not_run", ()))}
+        counts["wrong"] = len(found.get("failures", ()))
+        detail = ", ".join(f"{count} {name}" for name, count in counts.items())
+        broken = found.get("broken")
+        if not broken or end - time.monotonic() < 60:
+            break
+        report.add("attention", "not run", time.monotonic() - start, f"until {broken} broke the device; {detail}")
+        more += ["--resume", str(document), "--without", broken]
+    if broken or code == 124:
+        detail += f"; ended by {broken or 'the time limit'}"
+    report.add("attention", "failed" if code else "passed", time.monotonic() - start, detail)
+
+
 def sanitizer(report: Report, site: Path) -> None:
     """compute-sanitizer's tools on small shapes, one after the other."""
     tool_path = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
@@ -241,9 +300,10 @@ def sanitizer(report: Report, site: Path) -> None:
 def main() -> int:
     """Runs one mode; 1 if a step failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("mode", choices=["core", "sanitizer"])
+    parser.add_argument("mode", choices=["core", "bench", "sanitizer"])
     parser.add_argument("--rehearse", action="store_true", help="do what can be done without a GPU")
     options = parser.parse_args()
+    begin = time.monotonic()
     WORK.mkdir(parents=True, exist_ok=True)
     report = Report(options.mode, options.rehearse, machine())
     if "gpu" not in report.machine and not options.rehearse:
@@ -256,6 +316,8 @@ def main() -> int:
     if site is not None:
         if options.mode == "core":
             core(report, site)
+        elif options.mode == "bench":
+            bench(report, site, out, begin + BENCH_SECONDS * (4 if options.rehearse else 1))
         elif options.rehearse:
             for tool in TOOLS:
                 report.add(tool, "not run", detail="needs a GPU")

@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
@@ -51,6 +53,124 @@ def test_report(gpu_check: ModuleType, tmp_path: Path, capsys: pytest.CaptureFix
     assert document["steps"][1] == {"name": "attention", "result": "failed", "seconds": 1.0, "detail": "2 failures"}
     report.print()
     assert capsys.readouterr().out.splitlines()[-1].split() == ["attention", "failed", "1.0", "s", "2", "failures"]
+
+
+def test_the_benchmark_is_rehearsed(
+    gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All that the call does with a package built, on the CPU: every part of the suite has figures, and every peer is
+    named. (`make gpu-check-bench ARGS=--rehearse` builds the package too.)
+    """
+    monkeypatch.setattr(gpu_check, "WORK", tmp_path)
+    report = gpu_check.Report("bench", True, {})
+    start = time.monotonic()
+    gpu_check.bench(report, SCRIPT.parents[1] / "python", tmp_path / "out", start + 300)
+    assert time.monotonic() - start < 60
+    assert [(step.name, step.result) for step in report.steps] == [
+        ("peers' wheels", "not run"),
+        ("attention", "passed"),
+    ]
+    document = json.loads((tmp_path / "out" / "attention.json").read_text())
+    assert document["environment"]["rehearsal"] is True
+    assert not document["failures"]
+    assert document["broken"] is None
+    figures: dict[str, set[str]] = {}
+    for result in document["results"]:
+        figures.setdefault(result["case"].split()[0], set()).add(result["metric"])
+    ops = {"reshape_and_cache", "copy_blocks", "zero_blocks", "gather_blocks", "scatter_blocks", "merge_states"}
+    assert figures.keys() == ops | {"copy", "product", "fp8", "splits", "decode", "prefill", "mixed"}
+    assert figures["fp8"] == {"fp8/tensor", "fp8/token", "bfloat16"}
+    assert figures["splits"] == {"planner", "split 0", "split 64", "plan"}
+    assert figures["decode"] == {"pagedcore", "order block", "order layer"}
+    assert all(figures[op] == {"pagedcore", "torch"} for op in ops)
+    peers = {"flashinfer", "flashinfer-fa3", "flashinfer-xqa", "flex"}
+    peers |= {"fa3 (contiguous)", "sdpa (contiguous)", "varlen (contiguous)"}
+    missing = {(entry["metric"], entry["reason"]) for entry in document["not_run"]}
+    assert missing == {(peer, "needs a GPU") for peer in peers}
+    printed = capsys.readouterr().out
+    assert "not run: flashinfer-xqa: needs a GPU (" in printed
+    assert len(printed) < 12_000
+
+
+_BENCHMARK = """
+import json, sys
+from pathlib import Path
+left_out = [value for name, value in zip(sys.argv, sys.argv[1:]) if name == "--without"]
+if "--resume" in sys.argv:
+    Path(sys.argv[sys.argv.index("--resume") + 1]).read_text()
+peers = [peer for peer in ("good", "bad", "worse") if peer not in left_out]
+broken = next((peer for peer in peers if peer != "good"), None)
+path = Path(sys.argv[sys.argv.index("--json") + 1])
+path.write_text(json.dumps({"results": peers, "not_run": [], "failures": [], "broken": broken}))
+print("TABLE without", left_out)
+sys.exit(3 if broken else 0)
+"""
+
+
+def test_a_library_that_breaks_the_device_is_left_out(
+    gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = tmp_path / "site" / "pagedcore"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "bench.py").write_text(_BENCHMARK)
+    monkeypatch.setattr(gpu_check, "WORK", tmp_path)
+    monkeypatch.setattr(gpu_check, "WHEELS", tmp_path / "none")
+    report = gpu_check.Report("bench", False, {})
+    gpu_check.bench(report, tmp_path / "site", tmp_path / "out", time.monotonic() + 300)
+    assert [(step.name, step.result) for step in report.steps] == [
+        ("peers' wheels", "not run"),
+        ("attention", "not run"),
+        ("attention", "not run"),
+        ("attention", "passed"),
+    ]
+    assert report.steps[1].detail == "until bad broke the device; 3 figures, 0 not run, 0 wrong"
+    assert report.steps[2].detail.startswith("until worse broke the device")
+    assert "TABLE without ['bad', 'worse']" in capsys.readouterr().out
+
+
+def test_a_benchmark_out_of_time_keeps_what_it_has(
+    gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stops(command: list[str], log: Path, *, seconds: float, environment: dict[str, str]) -> int:
+        assert float(command[command.index("--seconds") + 1]) < seconds
+        assert environment["PYTHONPATH"].startswith(str(tmp_path))
+        log.write_text("")
+        document = {"results": [1, 2], "not_run": [], "failures": [], "broken": None}
+        Path(command[command.index("--json") + 1]).write_text(json.dumps(document))
+        return 124
+
+    monkeypatch.setattr(gpu_check, "run", stops)
+    monkeypatch.setattr(gpu_check, "WORK", tmp_path)
+    report = gpu_check.Report("bench", True, {})
+    gpu_check.bench(report, tmp_path, tmp_path / "out", time.monotonic() + 100)
+    assert report.steps[-1].result == "failed"
+    assert report.steps[-1].detail == "2 figures, 0 not run, 0 wrong; ended by the time limit"
+
+
+def test_peers_are_installed_from_their_wheels_alone(
+    gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pip itself, on a wheel made here that says it needs what there is not."""
+    wheels = tmp_path / ".gpu-wheels"
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / "peer-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("peer.py", "ANSWER = 42\n")
+        name = "peer-1.0.dist-info"
+        wheel.writestr(
+            f"{name}/METADATA", "Metadata-Version: 2.1\nName: peer\nVersion: 1.0\nRequires-Dist: nothing-x\n"
+        )
+        wheel.writestr(f"{name}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{name}/RECORD", f"peer.py,,\n{name}/METADATA,,\n{name}/WHEEL,,\n{name}/RECORD,,\n")
+    monkeypatch.setattr(gpu_check, "WORK", tmp_path)
+    monkeypatch.setattr(gpu_check, "WHEELS", wheels)
+    report = gpu_check.Report("bench", False, {})
+    target = gpu_check.install_peers(report)
+    assert (target / "peer.py").is_file()
+    assert (report.steps[0].result, report.steps[0].detail) == ("passed", "1 wheels")
+    (wheels / "broken-1.0-py3-none-any.whl").write_text("no wheel")
+    assert gpu_check.install_peers(report) is None
+    assert report.steps[1].result == "failed"
 
 
 def test_a_command_that_hangs_is_stopped(gpu_check: ModuleType, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Attention over paged KV on the CPU, beside reading the same bytes and beside torch's SDPA.
+"""Attention over paged KV on the CPU, beside reading the same bytes and beside torch's SDPA. On a GPU the suite is
+another one: `pagedcore.bench.attention_gpu`.
 
 Decode: batch 32, block size 16, the four shapes of a small and a middling model. The yardsticks, in the same process:
 a plain read of the pool by the same threads, a read of the same pages in table order, SDPA on contiguous KV (which a
@@ -14,6 +15,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from pagedcore import _kernels, ops
+from pagedcore.bench import attention_gpu
+from pagedcore.bench.batch import fill_by_pattern, relative_error
+from pagedcore.bench.cases import BLOCK_SIZE
 from pagedcore.bench.harness import Result, Session, Timing, interleave
 from pagedcore.layout import KVCacheLayout
 
@@ -21,7 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SUITE = "attention"
-BLOCK_SIZE = 16
 GATES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}  # relative to SDPA, which rounds too
 
 
@@ -46,6 +49,9 @@ SHAPES = (Shape(9, 3, 64, 1024), Shape(9, 3, 64, 4096), Shape(32, 8, 128, 1024),
 
 def run(session: Session) -> None:
     """The suite: decode, prompts, the cost of a call, and alternating with a linear layer."""
+    if session.device != "cpu" or session.rehearse:
+        attention_gpu.run(session)
+        return
     shapes = SHAPES[:1] if session.quick else SHAPES
     with torch.inference_mode():
         for dtype in GATES:
@@ -56,16 +62,8 @@ def run(session: Session) -> None:
         _beside_linear(session)
 
 
-def _fill(data: torch.Tensor) -> None:
-    """N(0, 1) data, a short pattern repeated: drawing a gigabyte of random numbers takes longer than the benchmark."""
-    pattern = torch.randn(1 << 18).to(data.dtype)
-    for begin in range(0, data.numel(), pattern.numel()):
-        part = data[begin : begin + pattern.numel()]
-        part.copy_(pattern[: part.numel()])
-
-
 def _require_close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype, case: str) -> None:
-    error = float((got.float() - want.float()).norm() / want.float().norm())
+    error = relative_error(got, want)
     if not error < GATES[dtype]:
         raise RuntimeError(f"{case}: result differs from SDPA by {error:.2e}: nothing is timed before it is right")
 
@@ -76,7 +74,7 @@ def _decode(session: Session, shape: Shape, dtype: torch.dtype) -> None:
     pages = shape.context // BLOCK_SIZE
     layout = KVCacheLayout(batch * pages + 1, BLOCK_SIZE, 1, shape.kv_heads, shape.head_dim, dtype)
     kv = layout.allocate(library="torch")
-    _fill(kv.data.view(-1).view(dtype))
+    fill_by_pattern(kv.data.view(-1).view(dtype))
     k_cache, v_cache = kv.layer(0)
     table = (torch.randperm(batch * pages) + 1).int().view(batch, pages)
     index = table.long().view(-1)
@@ -150,7 +148,7 @@ def _one_sequence(
     """Arguments of attention over one sequence in scattered pages."""
     pages = -(-tokens // BLOCK_SIZE)
     cache = torch.empty(2, pages, kv_heads, BLOCK_SIZE, dim, dtype=dtype)
-    _fill(cache.view(-1))
+    fill_by_pattern(cache.view(-1))
     return (
         torch.randn(queries, heads, dim).to(dtype),
         cache[0],

@@ -1,0 +1,524 @@
+"""The benchmark of a GPU, without one: what its cases count, that nothing wrong is timed, and that what is not measured
+is named. Its whole run is rehearsed in test_gpu_check.py; what calls other libraries, in test_bench_peers.py.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pagedcore.bench import attention_gpu, cache_gpu, cases, compiling, harness, timing
+from pagedcore.bench.__main__ import main
+from pagedcore.bench.batch import Batch, fill, ours, relative_error
+from pagedcore.bench.cases import FULL, LLAMA_8B, LLAMA_70B, MHA, MQA, TINY, Case, Grid, decode
+from pagedcore.bench.harness import NotRun, Result, Session
+from pagedcore.bench.measure import Bench, Contender, ContextBroken, Machine
+from pagedcore.bench.peers import CannotRun, Peer
+from pagedcore.bench.timing import HostClock
+
+CPU = torch.device("cpu")
+
+
+def session(**options: Any) -> Session:
+    return Session(quick=False, command="test", rehearse=True, **options)
+
+
+def bench(**options: Any) -> Bench:
+    return Bench(session(**options), Machine(CPU, HostClock(), memory=1 << 30, l2=1 << 10))
+
+
+# What a case counts --------------------------------------------------------------------------------------------------
+
+
+def test_bytes_and_operations_of_decode() -> None:
+    case = decode(LLAMA_8B, 2, 100)
+    assert case.kv_bytes == 2 * 100 * 2 * 8 * 128 * 2 == 819_200  # sequences, tokens, K and V, heads, dim, bytes
+    assert case.bytes == 819_200 + 2 * (2 * 32 * 128 * 2) == 851_968  # queries and output beside
+    assert case.flops == 2 * (2 * 2 * 32 * 128 * 100) == 3_276_800  # two products, of 2 · dim each
+
+
+def test_grouped_heads_share_bytes_and_not_operations() -> None:
+    small, large = decode(LLAMA_8B, 4, 1024), decode(LLAMA_70B, 4, 1024)
+    assert small.kv_bytes == large.kv_bytes
+    assert 2 * small.flops == large.flops
+    assert decode(MHA, 4, 1024).kv_bytes == 4 * small.kv_bytes == 32 * decode(MQA, 4, 1024).kv_bytes
+
+
+@pytest.mark.parametrize(
+    ("query_len", "seq_len", "pairs"), [(1, 7, 7), (3, 3, 6), (2, 5, 9), (4, 4, 10), (5, 130, 640)]
+)
+def test_a_causal_mask_counts_what_queries_see(query_len: int, seq_len: int, pairs: int) -> None:
+    mask = torch.ones(query_len, seq_len).tril(seq_len - query_len)
+    assert cases.visible_keys(query_len, seq_len) == pairs == int(mask.sum())
+
+
+def test_operations_of_a_prompt_and_of_a_chunk() -> None:
+    assert Case("prefill", LLAMA_8B, (3,), (3,)).flops == 4 * 32 * 128 * 6
+    mixed = Case("mixed", LLAMA_8B, (1, 2), (10, 5))
+    assert mixed.flops == 4 * 32 * 128 * (10 + 9)
+    assert mixed.kv_bytes == 15 * 2 * 8 * 128 * 2
+
+
+def test_codes_are_a_byte_and_a_tokens_scales_four_a_head() -> None:
+    tokens = 3 * 64
+    assert decode(LLAMA_8B, 3, 64, "fp8_e4m3").kv_bytes == tokens * 2 * 8 * 128
+    assert decode(LLAMA_8B, 3, 64, "fp8_e4m3", "token").kv_bytes == tokens * 2 * 8 * (128 + 4)
+
+
+@pytest.mark.parametrize("grid", [FULL, TINY])
+def test_the_cases_cover_what_is_promised(grid: Grid) -> None:
+    main, rest = cases.main_cases(grid), list(cases.decode_grid(grid))
+    names = [case.name for case in main + rest]
+    assert len(names) == len(set(names))
+    decoded = {(c.heads, len(c.seq_lens), c.seq_lens[0]) for c in main + rest if c.kind == "decode"}
+    shapes = (LLAMA_8B, LLAMA_70B, MHA, MQA)
+    assert decoded >= {(heads, b, n) for heads in shapes for b in grid.batches for n in grid.contexts}
+    assert [c.kind for c in main[:2]] == ["decode", "decode"]
+    assert {c.kind for c in main} == {"decode", "prefill", "mixed"}
+    assert any(c.query_lens[0] < c.seq_lens[0] and c.kind == "prefill" for c in main)  # a chunk
+    assert {c.kind for c in cases.shown_to_slow_starters(grid)} == {"decode", "prefill"}
+
+
+def test_the_full_grid_is_the_one_of_the_targets() -> None:
+    assert (min(FULL.batches), max(FULL.batches)) == (1, 256)
+    assert (min(FULL.contexts), max(FULL.contexts)) == (1024, 131_072)
+    assert FULL.pool_bytes >= 96e9
+    assert (LLAMA_8B, 1, 1024) in FULL.first
+    assert (LLAMA_8B, 1, 16_384) in FULL.prompts
+
+
+@pytest.mark.parametrize("l2", [0, 1000, 60 << 20])
+def test_layers_in_turn_are_twice_the_cache(l2: int) -> None:
+    for case in [decode(MQA, 1, 1024), decode(LLAMA_8B, 64, 8192)]:
+        count = cases.num_buffers(case, l2)
+        assert count >= 1
+        assert count * case.kv_bytes >= 2 * l2
+        assert count == 1 or (count - 1) * case.kv_bytes < 2 * l2
+
+
+# The tensors of a case -----------------------------------------------------------------------------------------------
+
+
+def test_block_tables_are_random_and_share_nothing() -> None:
+    batch = Batch(Case("mixed", LLAMA_8B, (1, 4, 1), (50, 33, 16)), CPU, buffers=2)
+    ids = [row[:count].tolist() for row, count in zip(batch.table, (4, 3, 1), strict=True)]
+    assert sorted(itertools.chain(*ids)) == list(range(1, 9))  # every block but the first, once
+    assert any(sorted(row) != row for row in (Batch(decode(MQA, 1, 160), CPU).table[0].tolist() for _ in range(5)))
+    assert batch.starts.tolist() == [0, 1, 5, 6]
+    assert batch.key_starts.tolist() == [0, 50, 83, 99]
+
+
+def test_contiguous_copies_hold_what_the_pages_hold() -> None:
+    batch = Batch(Case("mixed", MQA, (1, 4), (50, 33)), CPU, buffers=3)
+    assert len(batch.packed) == 3
+    for (k_cache, v_cache), (k, v) in zip(batch.caches, batch.packed, strict=True):
+        at = 0
+        for row, length in zip(batch.table.tolist(), (50, 33), strict=True):
+            for p in range(length):
+                assert torch.equal(k[at], k_cache[row[p // 16], :, p % 16])
+                assert torch.equal(v[at], v_cache[row[p // 16], :, p % 16])
+                at += 1
+    assert not torch.equal(batch.packed[0][0], batch.packed[2][0])
+
+
+@pytest.mark.parametrize(
+    ("kv_format", "granularity"),
+    [("auto", "tensor"), ("fp8_e4m3", "tensor"), ("fp8_e4m3", "head"), ("fp8_e4m3", "token")],
+)
+def test_the_oracle(kv_format: str, granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against torch in float64 over the keys one by one; whatever number of queries it takes at once."""
+    monkeypatch.setattr("pagedcore.bench.batch._SCORES", 32 * 33 * 3)
+    case = Case("mixed", LLAMA_8B, (1, 7), (21, 33), kv_format=kv_format, granularity=granularity)
+    batch = Batch(case, CPU, buffers=2)
+    got, begin = batch.reference(1), 0
+    for s, (count, length) in enumerate(zip(case.query_lens, case.seq_lens, strict=True)):
+        places = [(int(batch.table[s, p // 16]), p % 16) for p in range(length)]
+        rows = []
+        for cache, scale in zip(batch.caches[1], batch.scales[1], strict=True):
+            data = torch.stack([cache[block, :, offset].double() for block, offset in places], 1)  # [heads, keys, dim]
+            if kv_format != "auto" and granularity == "token":
+                data *= torch.stack([scale[block, :, offset] for block, offset in places], 1)[..., None]
+            elif kv_format != "auto":
+                data *= scale[:, None, None]
+            rows.append(data.repeat_interleave(4, 0))
+        query = batch.query[begin : begin + count].double().transpose(0, 1)
+        mask = torch.ones(count, length).tril(length - count).bool()
+        want = torch.nn.functional.scaled_dot_product_attention(query, *rows, attn_mask=mask).transpose(0, 1)
+        assert relative_error(got[begin : begin + count], want.float()) < 1e-5
+        begin += count
+    assert batch.reference(1) is got
+
+
+def test_codes_of_a_filled_cache_are_numbers() -> None:
+    batch = Batch(decode(LLAMA_8B, 1, 40, "fp8_e4m3", "token"), CPU)
+    k, v = batch.caches[0]
+    assert k.float().isfinite().all()
+    assert v.float().isfinite().all()
+    fill(batch.kv)
+    assert batch.scales[0][0].min() > 0
+    assert attention_gpu.checked(lambda: ours(batch), batch, attention_gpu.GATE) is not None
+
+
+# Timing --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sample_is_long_enough_and_uses_all_layers_alike() -> None:
+    assert timing.calls_of_sample(1, 1.0) == 1
+    assert timing.calls_of_sample(7, 1e-3) == 7
+    assert timing.calls_of_sample(3, 1e-5) == 42
+    assert timing.calls_of_sample(300, 1e-9) % 300 == 0
+    assert timing.calls_of_sample(300, 1e-9) <= 4096
+    assert timing.calls_of_sample(5, 0.0) == 5
+
+
+class Events:
+    """torch's events, on the host's clock."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+        self.time = 0.0
+
+    def record(self) -> None:
+        self.time = time.perf_counter()
+
+    def synchronize(self) -> None:
+        assert self.time
+
+    def elapsed_time(self, end: Events) -> float:
+        return (end.time - self.time) * 1e3
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_device_is_timed_by_its_events(recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recording keeps alive what it reads; what cannot be recorded is launched, and says so."""
+
+    class Recorder:
+        def __init__(self, device: torch.device) -> None:
+            pass
+
+        def record(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+            if not recorded:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            work()
+            return (lambda: time.sleep(0.02)), None
+
+    monkeypatch.setattr(timing, "CudaRecorder", Recorder)
+    monkeypatch.setattr(torch.cuda, "Event", Events)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    calls: list[int] = []
+
+    class Memory:
+        pass
+
+    memory = Memory()
+    kept = weakref.ref(memory)
+
+    def call(layer: int, memory: Memory = memory) -> None:
+        calls.append(layer)
+
+    clock = timing.DeviceClock(CPU)
+    sample = clock.sample(call, 2, 1e-4)
+    del call, memory
+    gc.collect()
+    assert kept() is not None
+    assert sample.calls == 4
+    assert sample.recorded is recorded
+    assert calls == ([0, 1, 0, 1] if recorded else [])
+    seconds = clock.seconds(sample.run)
+    assert (seconds >= 0.02) is recorded
+    if not recorded:
+        assert calls == [0, 1, 0, 1]
+
+
+def test_times_are_of_one_call() -> None:
+    sample = timing.Sample(lambda: time.sleep(0.01), 10, recorded=True, call=print)
+    found = timing.time_samples(HostClock(), {"a": sample}, seconds=0.0, rounds=3)["a"]
+    assert 0.001 <= found.p10 <= found.median <= found.p90
+    assert found.median < 0.01
+
+
+# Comparisons ---------------------------------------------------------------------------------------------------------
+
+
+def refuses(reason: str) -> Callable[[], Any]:
+    def prepare() -> Any:
+        raise CannotRun(reason)
+
+    return prepare
+
+
+def crashes() -> Any:
+    raise RuntimeError("kernel not found\nand more")
+
+
+def naps(seconds: float) -> Callable[[], Callable[[int], object]]:
+    return lambda: lambda _: time.sleep(seconds)
+
+
+def test_the_fastest_rival_is_the_baseline_and_failures_are_named() -> None:
+    run = bench()
+    contenders = {
+        "ours": Contender(naps(0.002), 4e6, own=True),
+        "slow": Contender(naps(0.02), 4e6),
+        "fast": Contender(naps(0.004), 4e6),
+        "absent": Contender(refuses("cannot be imported"), 4e6),
+        "broken": Contender(crashes, 4e6),
+    }
+    run.compare("case", contenders, "GB/s", {"ours": ["slow", "fast", "absent"]})
+    figures = {result.metric: result for result in run.session.results}
+    assert list(figures) == ["ours", "slow", "fast"]
+    mine = figures["ours"]
+    assert (mine.baseline, mine.unit) == ("fast", "GB/s")
+    assert mine.ratio is not None
+    assert 1.2 < mine.ratio < 2.2
+    assert mine.baseline_value == pytest.approx(figures["fast"].value)
+    assert mine.p10 is not None
+    assert mine.p90 is not None
+    assert mine.p10 <= mine.value <= mine.p90 < 4e6 / 1e9 / 0.002
+    assert mine.roofline == pytest.approx(mine.value * 1e9 / run.machine.copy_rate)
+    assert run.session.not_run == [
+        NotRun("case", "absent", "cannot be imported"),
+        NotRun("case", "broken", "RuntimeError: kernel not found"),
+    ]
+    assert not run.session.failures
+
+
+def test_without_the_subject_nothing_is_timed() -> None:
+    run = bench()
+    run.compare("case", {"ours": Contender(crashes, 1, own=True), "peer": Contender(naps(0), 1)}, "us", {})
+    assert not run.session.results
+    assert run.session.failures == ["case: ours: RuntimeError: kernel not found"]
+
+
+def test_units() -> None:
+    run = bench()
+    run.machine.copy_rate, run.machine.product_rate = 8e9, 4e12
+    one = harness.Timing(1e-3, 0.5e-3, 2e-3, 9)
+    run.add("a", "bytes", one, 4e6, "GB/s")
+    run.add("a", "operations", one, 2e9, "TFLOP/s", ("base", one.scaled(2), 2e9))
+    run.add("a", "time", one, 4e6, "us", ("base", one.scaled(0.5), 4e6))
+    run.add("a", "no bytes", one, 0, "us")
+    got = [(r.value, r.p10, r.p90, r.ratio, r.baseline_value, r.roofline) for r in run.session.results]
+    assert got[0] == pytest.approx((4.0, 2.0, 8.0, None, None, 0.5))
+    assert got[1] == pytest.approx((2.0, 1.0, 4.0, 2.0, 1.0, 0.5))
+    assert got[2] == pytest.approx((1000.0, 500.0, 2000.0, 0.5, 500.0, 0.5))
+    assert got[3] == pytest.approx((1000.0, 500.0, 2000.0, None, None, None))
+
+
+def test_a_call_that_breaks_the_device_ends_the_run(tmp_path: Path) -> None:
+    class Dead(Machine):
+        def settle(self) -> None:
+            if broken:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    broken: list[bool] = []
+
+    def breaks() -> Any:
+        broken.append(True)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    path = tmp_path / "results.json"
+    run = Bench(session(json_path=path), Dead(CPU, HostClock(), 1 << 30, 1))
+    with pytest.raises(ContextBroken, match="peer in case"):
+        run.compare("case", {"ours": Contender(naps(0), 1, own=True), "peer": Contender(breaks, 1)}, "us", {})
+    document = json.loads(path.read_text())
+    assert document["broken"] == "peer"
+    assert document["done"] == ["case"]
+    assert document["not_run"][0]["metric"] == "peer"
+    again = session()
+    again.resume(path)
+    assert not Bench(again, run.machine).may_begin("case")
+    assert again.broken is None
+
+
+# The suite -----------------------------------------------------------------------------------------------------------
+
+
+def suite(peers: tuple[Peer, ...], monkeypatch: pytest.MonkeyPatch, **options: Any) -> attention_gpu.Suite:
+    monkeypatch.setattr(attention_gpu, "PEERS", peers)
+    monkeypatch.setattr(attention_gpu.Suite, "_why_not", lambda *_, **__: None)
+    return attention_gpu.Suite(bench(**options), TINY, compiling.Background([], 1))
+
+
+def test_a_peer_that_raises_and_one_that_is_wrong_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[str] = []
+
+    def right(batch: Batch) -> Callable[[int], torch.Tensor]:
+        def call(layer: int) -> torch.Tensor:
+            timed.append("right")
+            return batch.reference(layer)
+
+        return call
+
+    def wrong(batch: Batch) -> Callable[[int], torch.Tensor]:
+        def call(layer: int) -> torch.Tensor:
+            timed.append("wrong")
+            return batch.reference(0)  # whatever the layer
+
+        return call
+
+    def fails(batch: Batch) -> Callable[[int], torch.Tensor]:
+        raise OSError("no kernel image")
+
+    peers = tuple(
+        Peer(name, ("decode",), paged=True, make=make)
+        for name, make in (("right", right), ("wrong", wrong), ("fails", fails))
+    )
+    run = suite(peers, monkeypatch)
+    run.machine.l2 = 1 << 20  # more than one layer
+    run._beside_peers(decode(LLAMA_8B, 1, 40), slow_starts=False)
+    assert [(r.metric, r.baseline) for r in run.session.results] == [("pagedcore", "right"), ("right", None)]
+    reasons = {entry.metric: entry.reason for entry in run.session.not_run}
+    assert reasons["wrong"].startswith("differs from the oracle by ")
+    assert reasons["wrong"].endswith(f"in layer {cases.num_buffers(decode(LLAMA_8B, 1, 40), 1 << 20) - 1}")
+    assert reasons["fails"] == "OSError: no kernel image"
+    assert timed.count("wrong") == 2  # checked on the first layer and on the last, and never again
+    assert timed.count("right") > 10
+    assert not run.session.failures
+
+
+def test_a_wrong_result_of_ours_fails_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def bad(batch: Batch, split_size: int | None = None) -> Callable[[int], torch.Tensor]:
+        return lambda layer: batch.reference(layer) * 1.01
+
+    monkeypatch.setattr(attention_gpu, "ours", bad)
+    monkeypatch.setattr(attention_gpu.Suite, "alone", lambda self: None)
+    assert main(["attention", "--rehearse"]) == 1
+    printed = capsys.readouterr().out
+    assert "WRONG: decode llama-3-8b 3 x 50: pagedcore: differs from the oracle by 1.0e-02 in layer 0" in printed
+
+
+def test_nan_is_not_right() -> None:
+    batch = Batch(decode(MQA, 1, 20), CPU)
+    with pytest.raises(CannotRun, match="differs from the oracle by nan"):
+        attention_gpu.checked(lambda: lambda layer: batch.reference(layer) * float("nan"), batch, 1e-2)
+
+
+def test_what_there_was_no_time_for_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    assert main(["attention", "--rehearse", "--seconds", "0", "--json", str(path)]) == 0
+    document = json.loads(path.read_text())
+    assert {result["metric"] for result in document["results"]} == {"copy", "product"}
+    reasons = {entry["case"]: entry["reason"] for entry in document["not_run"]}
+    assert set(reasons.values()) == {"the time was up"}
+    wanted = {case.name for case in [*cases.main_cases(TINY), *cases.decode_grid(TINY)]}
+    assert reasons.keys() == wanted | {"cache ops", "fp8", "splits", "orders"}
+    assert document["done"] == ["copy"]
+    assert "not run: all: the time was up (" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = suite((), monkeypatch)
+    run.machine.memory = 2 << 20
+    run.beside_peers()
+    run._orders()
+    skipped = {entry.case: entry.reason for entry in run.session.not_run}
+    assert skipped["decode mha 3 x 50"] == "more than the device's memory"
+    assert skipped["orders"] == "there is memory for 0.00171 GiB"
+    pool = next(r for r in run.session.results if r.metric == "order block")
+    assert pool.baseline == "order layer"
+    assert "decode llama-3-8b 3 x 16" in {r.case for r in run.session.results}
+
+
+def test_a_resumed_run_does_what_is_left(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    assert main(["attention", "--rehearse", "--json", str(first)]) == 0
+    document = json.loads(first.read_text())
+    left = document["done"].pop()
+    document["results"] = [r for r in document["results"] if r["case"] != left]
+    document["failures"] = ["something: ours: wrong"]
+    first.write_text(json.dumps(document))
+    assert main(["attention", "--rehearse", "--resume", str(first), "--json", str(second)]) == 1
+    again = json.loads(second.read_text())
+    assert again["results"][: len(document["results"])] == document["results"]
+    assert {r["case"] for r in again["results"][len(document["results"]) :]} == {left}
+
+
+def test_an_op_that_writes_something_else_is_not_timed() -> None:
+    op = cache_gpu.block_ops(20, CPU, 0)[0]
+    slow = bench()
+    wrong = cache_gpu.Op(op.name, lambda i: None, op.indexing, op.written, op.poison, op.bytes, op.buffers)
+    slow.compare("op", cache_gpu.contenders(wrong), "us", {})
+    assert slow.session.failures == ["op: pagedcore: does not write what torch's indexing writes"]
+    assert not slow.session.results
+
+
+def test_the_table_compares_with_the_first() -> None:
+    results = [
+        Result("s", "decode", "ours", 400.0, "GB/s", roofline=0.5),
+        Result("s", "decode", "peer", 100.0, "GB/s"),
+        Result("s", "short", "ours", 5.0, "us"),
+        Result("s", "short", "peer", 10.0, "us"),
+    ]
+    missing = [NotRun("a", "x", "needs a GPU"), NotRun("b", "x", "needs a GPU"), NotRun("a", "y", "absent")]
+    lines = harness.table(results, missing)
+    assert lines[0].split() == ["decode", "400", "GB/s", "50%", "peer", "4.00x"]
+    assert lines[1].split() == ["short", "5", "us", "peer", "2.00x"]
+    assert lines[2:] == ["not run: x: needs a GPU (2 cases)", "not run: y: absent (a)"]
+
+
+# Compiling in the background -----------------------------------------------------------------------------------------
+
+_CHILD = """
+import json, sys, time
+job, *names = sys.argv[1:]
+print("a compiler's noise")
+for name in names:
+    if job == "hangs":
+        time.sleep(60)
+    if job == "dies":
+        sys.exit(1)
+    print(json.dumps({"heads": name, "error": "no nvcc" if job == "fails" else None}), flush=True)
+"""
+
+
+def test_compiling_in_the_background() -> None:
+    jobs = [compiling.Job(name, ("a", "b")) for name in ("works", "fails", "hangs", "dies")]
+    start = time.monotonic()
+    with compiling.Background(jobs, 3.0, [sys.executable, "-c", _CHILD]) as background:
+        assert background.why_not("works", "b") is None
+        assert background.why_not("fails", "a") == "no nvcc"
+        assert background.why_not("dies", "a") == "its kernels could not be compiled: the process that did it ended"
+        hanging = next(process for job, process in background._running.items() if job.name == "hangs")
+        assert background.why_not("hangs", "a") == "its kernels were not compiled in 3 s"
+        assert background.why_not("hangs", "b") == "its kernels were not compiled in 3 s"
+    assert 3.0 <= time.monotonic() - start < 20
+    assert hanging.poll() is not None
+
+
+def test_jobs_are_those_of_the_peers() -> None:
+    jobs = compiling.all_jobs()
+    names = tuple(heads.name for heads in cases.ALL_HEADS)
+    assert compiling.Job("flashinfer", names) in jobs
+    assert [job.heads for job in jobs if job.name == "flashinfer-xqa"] == [(name,) for name in names]
+    assert len(jobs) == len(set(jobs))
+
+
+def test_a_job_calls_its_peers_once_and_says_what_is_wrong() -> None:
+    def right(batch: Batch) -> Callable[[int], torch.Tensor]:
+        return batch.reference
+
+    def wrong(batch: Batch) -> Callable[[int], torch.Tensor]:
+        return lambda layer: -batch.reference(layer)
+
+    def fails(batch: Batch) -> Callable[[int], torch.Tensor]:
+        raise RuntimeError("ninja: build stopped")
+
+    def peers(make: Callable[[Batch], Callable[[int], torch.Tensor]]) -> list[Peer]:
+        return [Peer("p", ("prefill",), paged=True, make=make, job="j"), Peer("q", ("decode",), paged=True, make=fails)]
+
+    case = decode(MQA, 2, 20)
+    assert compiling.call_once("j", peers(right), case, CPU) is None
+    assert compiling.call_once("j", peers(wrong), case, CPU) == "differs from the oracle by 2.0e+00"
+    assert compiling.call_once("j", peers(fails), case, CPU) == "RuntimeError: ninja: build stopped"
