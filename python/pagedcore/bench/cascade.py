@@ -41,6 +41,9 @@ STEPS = ((32, 2048), (32, 512), (32, 128), (8, 2048), (8, 512), (4, 2048), (2, 2
 
 def run(session: Session) -> None:
     """The suite: models by steps by dtypes."""
+    if session.device != "cpu" or session.rehearse:
+        session.skip("", SUITE, "is measured on the CPU alone")
+        return
     models, steps = (MODELS[:1], STEPS[:1]) if session.quick else (MODELS, STEPS)
     with torch.inference_mode():
         for dtype in GATES:
