@@ -11,7 +11,7 @@ window from the lengths.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,13 +21,20 @@ from pagedcore.errors import InvalidArgumentError, UnsupportedError
 NAME = "pagedcore"
 
 
+class LayerCache(NamedTuple):
+    """The KV cache of one layer."""
+
+    k_cache: torch.Tensor  # [num_blocks, num_kv_heads, block_size, head_dim]
+    v_cache: torch.Tensor  # [num_blocks, num_kv_heads, block_size, v_head_dim]
+    k_scale: torch.Tensor | None = None  # of a cache of codes: what they are multiplied by, as the ops have it
+    v_scale: torch.Tensor | None = None
+
+
 @dataclass
 class AttentionStep:
     """Where the tokens of one step are written to, and what each of them may read. Shared by all layers."""
 
-    layers: list[
-        tuple[torch.Tensor, torch.Tensor]
-    ]  # per layer: k_cache, v_cache [num_blocks, num_kv_heads, block_size, head_dim]
+    layers: list[LayerCache]
     slot_mapping: torch.Tensor  # int64 [num_tokens], block * block_size + offset
     block_table: torch.Tensor  # int32 [num_seqs, max_blocks]
     seq_lens: torch.Tensor  # int32 [num_seqs], tokens in the cache once this step's are written
@@ -108,9 +115,15 @@ def paged_attention_forward(
     result and is not implemented (position biases).
     """
     if type(pagedcore_step) is AttentionStep:
-        k_cache, v_cache = pagedcore_step.layers[module.layer_idx]
+        k_cache, v_cache, k_scale, v_scale = pagedcore_step.layers[module.layer_idx]
         ops.reshape_and_cache(
-            key[0].transpose(0, 1), value[0].transpose(0, 1), k_cache, v_cache, pagedcore_step.slot_mapping
+            key[0].transpose(0, 1),
+            value[0].transpose(0, 1),
+            k_cache,
+            v_cache,
+            pagedcore_step.slot_mapping,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
         queries = query[0].transpose(0, 1)
         out = ops.paged_attention(
@@ -124,6 +137,8 @@ def paged_attention_forward(
             window=sliding_window,
             softcap=0.0 if softcap is None else softcap,
             sinks=None if s_aux is None else s_aux.float(),
+            k_scale=k_scale,
+            v_scale=v_scale,
             max_query_len=pagedcore_step.max_query_len,
             max_seq_len=pagedcore_step.max_seq_len,
             block_table_rows=pagedcore_step.block_table_rows,

@@ -13,6 +13,7 @@ from typing import Any
 
 from pagedcore import __version__, environment
 from pagedcore.errors import PagedCoreError
+from pagedcore.layout import FP8
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,6 +87,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="KV cache: bytes, 512MiB, 2GiB, or a share of the free memory, 0.3",
     )
+    generate.add_argument(
+        "--kv-format",
+        default="auto",
+        choices=("auto", FP8),
+        help="how the KV cache is kept: auto is the model's dtype (default: %(default)s)",
+    )
     generate.add_argument("--max-num-seqs", type=int, default=64, help="answers written at once (default: %(default)s)")
     generate.add_argument("--json", action="store_true", help="one JSON object a line, with token ids and times")
     generate.set_defaults(run=_generate)
@@ -138,6 +145,7 @@ def _generate(options: argparse.Namespace) -> int:
         device=options.device,
         block_size=options.block_size,
         kv_cache_memory=options.kv_memory,
+        kv_format=options.kv_format,
         max_num_seqs=options.max_num_seqs,
     ) as llm:
         if options.chat or options.system:

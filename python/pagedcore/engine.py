@@ -30,7 +30,7 @@ from pagedcore.errors import (
     UnsupportedError,
 )
 from pagedcore.flight import Flight, at_once
-from pagedcore.layout import KVCacheLayout
+from pagedcore.kv_format import check_scales, make_layout, set_scales
 from pagedcore.outputs import EngineStats, RequestMetrics, RequestOutput
 from pagedcore.params import SamplingParams
 from pagedcore.request import News, Request, Sequence, changes_of_end, changes_of_step
@@ -71,6 +71,12 @@ class Engine:
         enable_prefix_caching: Keep computed blocks findable for prompts that begin alike.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...; ``"auto"``: a GPU if there is one that can be used, else the
             CPU.
+        kv_format: ``"auto"``: K and V are kept in the model's dtype. ``"fp8_e4m3"``: as 8-bit codes, half the bytes of
+            a 16-bit dtype (docs/quantisation.md).
+        scale_granularity: What a scale of codes is of: ``"token"`` (each token and head, the default), ``"head"`` or
+            ``"tensor"``.
+        kv_scales: For ``"head"`` and ``"tensor"``, the scales of K and of V, a pair: each
+            ``[num_layers, num_kv_heads]`` or ``[num_layers]``.
         cuda_graphs: On a GPU, record decode steps when the engine is made, and replay them. A model that cannot be
             recorded runs without, after a warning.
 
@@ -90,6 +96,9 @@ class Engine:
         max_model_len: int | None = None,
         enable_prefix_caching: bool = True,
         device: str = "auto",
+        kv_format: str = "auto",
+        scale_granularity: str | None = None,
+        kv_scales: Any = None,
         cuda_graphs: bool = True,
     ) -> None:
         self._closed = True  # until everything below has worked
@@ -112,13 +121,13 @@ class Engine:
                     expected=longest,
                 )
             longest = max_model_len
+        layout = make_layout(self.model, num_blocks or 2, block_size, kv_format, scale_granularity)
+        scales = check_scales(layout, kv_scales)
         if num_blocks is None:
-            self.layout = fit_blocks(
-                _layout(self.model, 2, block_size), kv_cache_memory, longest * max_num_seqs, self.model.device
-            )
+            self.layout = fit_blocks(layout, kv_cache_memory, longest * max_num_seqs, self.model.device)
             num_blocks = self.layout.num_blocks
         else:
-            self.layout = check_blocks(_layout(self.model, num_blocks, block_size), self.model.device)
+            self.layout = check_blocks(layout, self.model.device)
         self.max_model_len = min(longest, (num_blocks - 1) * block_size)
         config = SchedulerConfig(
             num_blocks=num_blocks,
@@ -131,6 +140,7 @@ class Engine:
         )
         self._scheduler = Scheduler(config)
         kv = self.layout.allocate(device=str(self.model.device))
+        set_scales(kv, scales)
         self._runner = make_runner(self.model, kv, config, cuda_graphs=cuda_graphs)
         self._sampler = Sampler(max_num_seqs)
         self._detokenizer = None if self.model.tokenizer is None else self.model.tokenizer.detokenizer()
@@ -142,9 +152,10 @@ class Engine:
         self._last_step_blocks = self._token_steps = self._slot_steps = 0
         self._closed = False
         logger.info(
-            "KV cache: %d blocks of %d tokens, %.1f MiB",
+            "KV cache: %d blocks of %d tokens, %s, %.1f MiB",
             num_blocks,
             block_size,
+            self.layout.dtype if kv_format == "auto" else kv_format,
             num_blocks * self.layout.block_bytes / 2**20,
         )
 
@@ -482,16 +493,3 @@ class Engine:
                 hint="use another id" if running else "use another id, or call step first",
                 request_id=request_id,
             )
-
-
-def _layout(model: models.LoadedModel, num_blocks: int, block_size: int) -> KVCacheLayout:
-    shape = model.layers[0]
-    return KVCacheLayout(
-        num_blocks,
-        block_size,
-        len(model.layers),
-        shape.num_kv_heads,
-        shape.head_dim,
-        model.dtype,
-        v_head_dim=shape.v_head_dim,
-    )

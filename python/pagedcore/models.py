@@ -36,6 +36,9 @@ _PAGED_LAYERS = {"full_attention", "sliding_attention"}
 #: length.
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
+#: The widest head that the attention kernels take.
+_MAX_HEAD_DIM = 256
+
 #: Packed copies of the weights are made if they take at most this share of the memory that is available.
 _PACK_MEMORY_SHARE = 0.25
 
@@ -286,6 +289,13 @@ def probe(module: PreTrainedModel) -> tuple[tuple[attention.LayerShape, ...], in
             f"{name} has attention layers of {len(shapes)} shapes "
             f"(heads, kv heads, head_dim of keys and of values): {sorted(shapes)}",
             hint="all layers must agree",
+            argument="model",
+            got=name,
+        )
+    widest = max(layers[0].head_dim, layers[0].v_head_dim)
+    if widest > _MAX_HEAD_DIM:
+        raise UnsupportedError(
+            f"{name} has attention heads of head_dim {widest}, the kernels take at most {_MAX_HEAD_DIM}",
             argument="model",
             got=name,
         )

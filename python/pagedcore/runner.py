@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from pagedcore import ops
-from pagedcore.attention import AttentionStep
+from pagedcore.attention import AttentionStep, LayerCache
 from pagedcore.errors import CorruptionError
 from pagedcore.graphs import CudaRecorder, DecodeGraphs
 from pagedcore.staging import DeviceStaging, HostStaging
@@ -50,7 +50,7 @@ class Forward:
     def __init__(self, model: LoadedModel, kv: KVCache, workspace: torch.Tensor | None) -> None:
         self._module = model.module
         self._kv = kv
-        self._layers = [kv.layer(layer.index) for layer in model.layers]
+        self._layers = [LayerCache(*kv.layer(layer.index), *kv.scales(layer.index)) for layer in model.layers]
         self._workspace = workspace
 
     def prepare(self, staged: Staged) -> None:
