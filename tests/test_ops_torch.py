@@ -199,6 +199,14 @@ class Traced(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
 
+def test_what_is_tried_is_left_alone_where_torch_must_see_it() -> None:
+    cache, key, slots = torch.zeros(2, 6, 2, 4, 16), torch.ones(4, 2, 16), torch.arange(4)
+    assert not _kernels.try_reshape_and_cache(key.as_subclass(Traced), key, *cache, slots, None, None, None)
+    assert not cache.any()
+    assert _kernels.try_reshape_and_cache(key, key, *cache, slots, None, None, None)
+    assert cache.sum() == 2 * key.sum()
+
+
 def test_every_tensor_argument_is_looked_at() -> None:
     """A subclass in any place makes a call go through the dispatcher."""
     args = make_call()

@@ -131,20 +131,19 @@ void paged_attention(const Arguments<kPagedAttention.count>& arguments) {
   sizes.match(table, {given(block_table_rows) ? Axis::table_rows : Axis::num_seqs, Axis::max_blocks});
   sizes.match(loc, {Axis::num_starts});
   sizes.match(o, {Axis::num_tokens, Axis::num_heads, Axis::v_head_dim});
-  std::optional<Tensor> lse_tensor, rows_tensor, slopes_tensor, sinks_tensor, plan_tensor, workspace_tensor;
-  const auto optional_tensor = [&](std::optional<Tensor>& place, const char* name, PyObject* value, DType dtype,
-                                   Axis axis) -> const Tensor* {
-    if (!given(value)) return nullptr;
-    const Tensor& tensor = place.emplace(name, value);
-    require_dtype(tensor, {dtype});
-    sizes.match(tensor, {axis});
-    return &tensor;
+  const auto checked = [&](const OptionalTensor& argument, DType dtype, Axis axis) {
+    if (argument.get()) {
+      require_dtype(*argument.get(), {dtype});
+      sizes.match(*argument.get(), {axis});
+    }
+    return argument.get();
   };
-  const Tensor* const rows =
-      optional_tensor(rows_tensor, "block_table_rows", block_table_rows, DType::i32, Axis::num_seqs);
-  const Tensor* const slopes =
-      optional_tensor(slopes_tensor, "alibi_slopes", alibi_slopes, DType::f32, Axis::num_heads);
-  const Tensor* const sink_logits = optional_tensor(sinks_tensor, "sinks", sinks, DType::f32, Axis::num_heads);
+  const OptionalTensor given_rows("block_table_rows", block_table_rows);
+  const Tensor* const rows = checked(given_rows, DType::i32, Axis::num_seqs);
+  const OptionalTensor given_slopes("alibi_slopes", alibi_slopes);
+  const Tensor* const slopes = checked(given_slopes, DType::f32, Axis::num_heads);
+  const OptionalTensor given_sinks("sinks", sinks);
+  const Tensor* const sink_logits = checked(given_sinks, DType::f32, Axis::num_heads);
   p.k_scale = k_scales.scales(sizes);
   p.v_scale = v_scales.scales(sizes);
   require_writable(o);
@@ -187,8 +186,9 @@ void paged_attention(const Arguments<kPagedAttention.count>& arguments) {
   p.out_token_stride = o.strides[0];
   p.out_head_stride = o.strides[1];
 
-  if (given(lse)) {
-    const Tensor& t = lse_tensor.emplace("lse", lse);
+  const OptionalTensor given_lse("lse", lse);
+  if (given_lse.get()) {
+    const Tensor& t = *given_lse.get();
     require_dtype(t, {DType::f32});
     if (t.ndim == 2 && t.shape[0] == p.num_tokens && t.shape[1] == p.num_heads) {
       p.lse_token_stride = t.strides[0];
@@ -201,14 +201,14 @@ void paged_attention(const Arguments<kPagedAttention.count>& arguments) {
     p.lse = t.as<float>();
   }
 
-  const Tensor* const own_plan = given(plan) ? &plan_tensor.emplace("plan", plan) : nullptr;
-  const Tensor* const own_workspace = given(workspace) ? &workspace_tensor.emplace("workspace", workspace) : nullptr;
+  const OptionalTensor given_plan("plan", plan), given_workspace("workspace", workspace);
+  const Tensor *const own_plan = given_plan.get(), *const own_workspace = given_workspace.get();
   for (const Tensor* memory : {own_plan, own_workspace}) {
     if (memory) require_disjoint(*memory, {&q, &k, &v, &o, &table, &lens, &loc, rows, slopes, sink_logits, ks, vs});
   }
   if (own_plan && own_workspace) require_disjoint(*own_plan, {own_workspace});
-  const Device device = require_one_device({&q, &k, &v, &table, &lens, &loc, &o, lse_tensor ? &*lse_tensor : nullptr,
-                                            rows, slopes, sink_logits, ks, vs, own_plan, own_workspace});
+  const Device device = require_one_device({&q, &k, &v, &table, &lens, &loc, &o, given_lse.get(), rows, slopes,
+                                            sink_logits, ks, vs, own_plan, own_workspace});
 
   const double factor = given_scale.value_or(1.0 / std::sqrt(static_cast<double>(p.head_dim)));
   if (!std::isfinite(factor) || !std::isfinite(static_cast<float>(factor)))
@@ -337,6 +337,10 @@ PyMethodDef attention_methods[] = {
                      "causal=True, window=None, softcap=0.0, alibi_slopes=None, sinks=None, k_scale=None, "
                      "v_scale=None, max_query_len=None, max_seq_len=None, block_table_rows=None, split_size=None, "
                      "plan=None, workspace=None, num_threads=None)"),
+    PAGEDCORE_TRY_METHOD(paged_attention, kPagedAttention,
+                         "(query, k_cache, v_cache, block_table, seq_lens, query_start_loc, out, lse, scale, causal, "
+                         "window, softcap, alibi_slopes, sinks, k_scale, v_scale, max_query_len, max_seq_len, "
+                         "block_table_rows, split_size, plan, workspace, num_threads, /)"),
     PAGEDCORE_METHOD(plan_attention, kPlanAttention,
                      "(seq_lens, query_start_loc, out, *, num_heads, num_kv_heads, head_dim, v_head_dim, num_tokens, "
                      "max_query_len, dtype, window=None, causal=True, split_size=None)"),

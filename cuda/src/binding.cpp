@@ -58,18 +58,27 @@ DType require_caches(const Tensor& k, const Tensor& v, const Tensor& rows) {
   return rows.dtype;
 }
 
-ScalesArgument::ScalesArgument(const char* name, PyObject* value, DType kv_dtype) {
-  if (!given(value)) return;
-  if (kv_dtype != DType::e4m3) {
+namespace {
+
+// The value, which must be None where the cache is not quantised.
+PyObject* scales_of(const char* name, PyObject* value, DType kv_dtype) {
+  if (given(value) && kv_dtype != DType::e4m3) {
     throw ArgumentError(Fault::unsupported, name, "None for a cache that is not quantised",
                         std::string("scales of a cache of ") + dtype_name(kv_dtype));
   }
-  require_dtype(tensor.emplace(name, value), {DType::f32});
+  return value;
+}
+
+}  // namespace
+
+ScalesArgument::ScalesArgument(const char* name, PyObject* value, DType kv_dtype)
+    : tensor_(name, scales_of(name, value, kv_dtype)) {
+  if (get()) require_dtype(*get(), {DType::f32});
 }
 
 Scales ScalesArgument::scales(Sizes& sizes) const {
-  if (!tensor) return {};
-  const Tensor& t = *tensor;
+  if (!get()) return {};
+  const Tensor& t = *get();
   if (t.ndim == 1 && t.shape[0] == 1) return {t.as<float>(), 0, 0, 0};
   if (t.ndim == 1) {
     sizes.match(t, {Axis::num_kv_heads});

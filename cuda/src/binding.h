@@ -4,7 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <initializer_list>
-#include <optional>
+#include <new>
 #include <string>
 
 #include "call.h"
@@ -23,6 +23,12 @@ extern PyMethodDef probe_methods[];
 #define PAGEDCORE_METHOD(function, signature, text)                                                     \
   {#function, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&entry<signature, function>)), \
    METH_FASTCALL | METH_KEYWORDS, #function text "\n--\n\n"}
+
+// try_`function`: all arguments by position, and False where the call must go through torch's dispatcher.
+#define PAGEDCORE_TRY_METHOD(function, signature, text)                                                  \
+  {"try_" #function,                                                                                     \
+   reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&entry_by_position<signature, function>)), \
+   METH_FASTCALL, "try_" #function text "\n--\n\n"}
 
 inline constexpr std::initializer_list<DType> kFloats = {DType::f32, DType::f16, DType::bf16};
 
@@ -44,16 +50,41 @@ int threads_of(PyObject* num_threads);
 // uint8 with the same codes). Returns the cache's.
 DType require_caches(const Tensor& k, const Tensor& v, const Tensor& rows);
 
+// A tensor argument that may be absent or None. Not std::optional, which clears the room for a tensor that is not
+// there: of the many that attention takes, that cost as much as the tensors it was given.
+class OptionalTensor {
+ public:
+  OptionalTensor(const char* name, PyObject* value) : given_(given(value)) {
+    if (given_) new (&tensor_) Tensor(name, value);
+  }
+  OptionalTensor(const OptionalTensor&) = delete;
+  OptionalTensor& operator=(const OptionalTensor&) = delete;
+  ~OptionalTensor() {
+    if (given_) tensor_.~Tensor();
+  }
+
+  // Null where it was not given.
+  const Tensor* get() const { return given_ ? &tensor_ : nullptr; }
+
+ private:
+  const bool given_;
+  union {
+    Tensor tensor_;
+  };
+};
+
 // k_scale or v_scale: float32 [1], [num_kv_heads] or [num_blocks, num_kv_heads, block_size].
-struct ScalesArgument {
+class ScalesArgument {
+ public:
   ScalesArgument(const char* name, PyObject* value, DType kv_dtype);
 
   // Unifies the sizes; those of the caches must be known.
   Scales scales(Sizes& sizes) const;
-  bool per_token() const { return tensor && tensor->ndim == 3; }
-  const Tensor* get() const { return tensor ? &*tensor : nullptr; }
+  bool per_token() const { return get() && get()->ndim == 3; }
+  const Tensor* get() const { return tensor_.get(); }
 
-  std::optional<Tensor> tensor;
+ private:
+  OptionalTensor tensor_;
 };
 
 // Chooses the instruction set at the first call that needs one.

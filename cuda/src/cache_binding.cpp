@@ -45,8 +45,8 @@ void reshape_and_cache(const Arguments<kReshapeAndCache.count>& arguments) {
   p.makes_v_scale = v_scales.per_token();
   for (const ScalesArgument* scales : {&k_scales, &v_scales}) {
     if (!scales->per_token()) continue;
-    require_writable(*scales->tensor);
-    require_disjoint(*scales->tensor, {&key, &value, &slots});
+    require_writable(*scales->get());
+    require_disjoint(*scales->get(), {&key, &value, &slots});
   }
   p.key = key.data;
   p.value = value.data;
@@ -309,6 +309,8 @@ void update_block_table(const Arguments<kUpdateBlockTable.count>& arguments) {
 PyMethodDef cache_methods[] = {
     PAGEDCORE_METHOD(reshape_and_cache, kReshapeAndCache,
                      "(key, value, k_cache, v_cache, slot_mapping, *, k_scale=None, v_scale=None, num_threads=None)"),
+    PAGEDCORE_TRY_METHOD(reshape_and_cache, kReshapeAndCache,
+                         "(key, value, k_cache, v_cache, slot_mapping, k_scale, v_scale, num_threads, /)"),
     PAGEDCORE_METHOD(copy_blocks, kCopyBlocks, "(caches, pairs, *, num_threads=None)"),
     PAGEDCORE_METHOD(zero_blocks, kZeroBlocks, "(caches, blocks, *, num_threads=None)"),
     PAGEDCORE_METHOD(gather_blocks, kGatherBlocks, "(caches, blocks, out, *, num_threads=None)"),

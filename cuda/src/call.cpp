@@ -68,6 +68,13 @@ void sort_arguments(const Signature& signature, PyObject* const* interned, PyObj
   }
 }
 
+void require_all(const Signature& signature, Py_ssize_t count) {
+  if (count != signature.count) {
+    wrong_call(signature, "takes " + std::to_string(signature.count) + " positional arguments but " +
+                              std::to_string(count) + " were given");
+  }
+}
+
 void set_python_error() {
   try {
     try {

@@ -1,6 +1,4 @@
 // merge_states: arguments in, checks, GIL released around the work.
-#include <optional>
-
 #include "binding.h"
 #include "cpu.h"
 #include "target.h"
@@ -25,7 +23,6 @@ void merge_states(const Arguments<kMergeStates.count>& arguments) {
   const int threads = threads_of(num_threads);
   const Tensor a("o_a", o_a), a_lse("lse_a", lse_a), b("o_b", o_b), b_lse("lse_b", lse_b), total("out", out),
       total_lse("lse", lse);
-  std::optional<Tensor> sinks_tensor;
   require_dtype(a, kFloats);
   for (const Tensor* t : {&b, &total}) require_same_dtype(*t, a);
   Sizes sizes;
@@ -33,9 +30,9 @@ void merge_states(const Arguments<kMergeStates.count>& arguments) {
   p.a = partial_output(sizes, a, a_lse);
   p.b = partial_output(sizes, b, b_lse);
   p.total = partial_output(sizes, total, total_lse);
-  const Tensor* logits = nullptr;
-  if (given(sinks)) {
-    logits = &sinks_tensor.emplace("sinks", sinks);
+  const OptionalTensor sink_logits("sinks", sinks);
+  const Tensor* const logits = sink_logits.get();
+  if (logits) {
     require_dtype(*logits, {DType::f32});
     sizes.match(*logits, {Axis::num_heads});
     p.sinks = logits->as<const float>();

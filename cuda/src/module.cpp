@@ -14,26 +14,12 @@ namespace py = pybind11;
 namespace pagedcore {
 namespace {
 
-// torch's tensor types, once pagedcore.torch has told them.
-PyTypeObject* torch_tensor = nullptr;
-PyTypeObject* torch_parameter = nullptr;
-
-void set_torch_types(const py::type& tensor, const py::type& parameter) {
-  torch_tensor = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
-  torch_parameter = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
-}
-
-PyObject* any_torch_subclass(PyObject*, PyObject* const* objects, Py_ssize_t count) {
-  for (Py_ssize_t i = 0; i < count && torch_tensor; ++i) {
-    PyTypeObject* const type = Py_TYPE(objects[i]);
-    if (type == torch_tensor || type == torch_parameter || !PyType_IsSubtype(type, torch_tensor)) continue;
-    Py_RETURN_TRUE;
-  }
-  Py_RETURN_FALSE;
+PyObject* any_torch_subclass_of(PyObject*, PyObject* const* objects, Py_ssize_t count) {
+  return PyBool_FromLong(any_torch_subclass(objects, count));
 }
 
 PyMethodDef methods[] = {
-    {"any_torch_subclass", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&any_torch_subclass)),
+    {"any_torch_subclass", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&any_torch_subclass_of)),
      METH_FASTCALL, "any_torch_subclass(*objects)\n--\n\n"},
     {nullptr, nullptr, 0, nullptr},
 };

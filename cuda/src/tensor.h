@@ -71,9 +71,9 @@ class Tensor {
 
   // A member of its own, so that a constructor that throws half-way gives the buffer back too.
   struct Buffer {
-    Py_buffer view{};
+    Py_buffer view;
     bool held = false;
-    Buffer() = default;
+    Buffer() {}  // and leaves the view as it is: most tensors have none
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
     ~Buffer() {

@@ -29,6 +29,32 @@ def paged_attention(
     workspace: Any | None = None,
     num_threads: int | None = None,
 ) -> None: ...
+def try_paged_attention(
+    query: Any,
+    k_cache: Any,
+    v_cache: Any,
+    block_table: Any,
+    seq_lens: Any,
+    query_start_loc: Any,
+    out: Any,
+    lse: Any | None,
+    scale: float | None,
+    causal: bool,
+    window: int | None,
+    softcap: float,
+    alibi_slopes: Any | None,
+    sinks: Any | None,
+    k_scale: Any | None,
+    v_scale: Any | None,
+    max_query_len: int | None,
+    max_seq_len: int | None,
+    block_table_rows: Any | None,
+    split_size: int | None,
+    plan: Any | None,
+    workspace: Any | None,
+    num_threads: int | None,
+    /,
+) -> bool: ...
 def plan_attention(
     seq_lens: Any,
     query_start_loc: Any,
@@ -79,6 +105,17 @@ def reshape_and_cache(
     v_scale: Any | None = None,
     num_threads: int | None = None,
 ) -> None: ...
+def try_reshape_and_cache(
+    key: Any,
+    value: Any,
+    k_cache: Any,
+    v_cache: Any,
+    slot_mapping: Any,
+    k_scale: Any | None,
+    v_scale: Any | None,
+    num_threads: int | None,
+    /,
+) -> bool: ...
 def copy_blocks(caches: Sequence[Any], pairs: Any, *, num_threads: int | None = None) -> None: ...
 def zero_blocks(caches: Sequence[Any], blocks: Any, *, num_threads: int | None = None) -> None: ...
 def gather_blocks(caches: Sequence[Any], blocks: Any, out: Any, *, num_threads: int | None = None) -> None: ...

@@ -35,6 +35,7 @@ class AttentionStep:
     """Where the tokens of one step are written to, and what each of them may read. Shared by all layers."""
 
     layers: list[LayerCache]
+    sinks: list[torch.Tensor | None]  # per layer: float32 [num_heads], as `LayerShape` has it
     slot_mapping: torch.Tensor  # int64 [num_tokens], block * block_size + offset
     block_table: torch.Tensor  # int32 [num_seqs, max_blocks]
     seq_lens: torch.Tensor  # int32 [num_seqs], tokens in the cache once this step's are written
@@ -80,6 +81,7 @@ class LayerShape:
     head_dim: int
     v_head_dim: int
     window: int | None
+    sinks: torch.Tensor | None = field(default=None, compare=False, repr=False)  # float32 [num_heads]
 
 
 @dataclass
@@ -136,7 +138,7 @@ def paged_attention_forward(
             scale=scaling,
             window=sliding_window,
             softcap=0.0 if softcap is None else softcap,
-            sinks=None if s_aux is None else s_aux.float(),
+            sinks=pagedcore_step.sinks[module.layer_idx],
             k_scale=k_scale,
             v_scale=v_scale,
             max_query_len=pagedcore_step.max_query_len,
@@ -155,7 +157,15 @@ def paged_attention_forward(
         )
     _check_options(module, attention_mask, options)
     pagedcore_step.layers.append(
-        LayerShape(module.layer_idx, query.shape[1], key.shape[1], key.shape[3], value.shape[3], sliding_window)
+        LayerShape(
+            module.layer_idx,
+            query.shape[1],
+            key.shape[1],
+            key.shape[3],
+            value.shape[3],
+            sliding_window,
+            None if s_aux is None else s_aux.float(),
+        )
     )
     return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
 

@@ -14,8 +14,9 @@ read what it writes.
 
 from __future__ import annotations
 
+import inspect
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 from pagedcore import _kernels
 from pagedcore.cascade import cascade_attention as cascade_attention
@@ -32,19 +33,26 @@ from pagedcore.tensors import (
     require_axes,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_Arguments = ParamSpec("_Arguments")
+
 
 def is_compiling() -> bool:
     """Whether torch compiles this call. `pagedcore.torch` puts torch's own function in this place."""
-    return False
-
-
-def any_subclass(*tensors: Any) -> bool:
-    """Whether one of these is of a subclass of torch's tensors. `pagedcore.torch` puts a C function in this place."""
     if "torch" not in sys.modules:
         return False
-    import pagedcore.torch
+    import pagedcore.torch  # noqa: F401
 
-    return pagedcore.torch.needs_dispatcher(*tensors)
+    return is_compiling()  # what is there now
+
+
+#: Whether one of these is of a subclass of torch's tensors; False while nobody has imported torch.
+any_subclass = _kernels.any_torch_subclass
+
+# The two ops of every layer ask the kernels to try: these look for subclasses by themselves, and take all arguments by
+# position, since Python makes a dict of so many keywords.
 
 
 def _torch_ops() -> Any:
@@ -73,9 +81,12 @@ def reshape_and_cache(
     code is multiplied by: ``[1]`` or ``[num_kv_heads]`` are used as they are, and ``[num_blocks, num_kv_heads,
     block_size]`` are made of each row and written. None is 1.
     """
-    traced = is_compiling() or any_subclass(key, value, k_cache, v_cache, slot_mapping, k_scale, v_scale)
-    write = _torch_ops().reshape_and_cache if traced else _kernels.reshape_and_cache
-    write(key, value, k_cache, v_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale, num_threads=num_threads)
+    if is_compiling() or not _kernels.try_reshape_and_cache(
+        key, value, k_cache, v_cache, slot_mapping, k_scale, v_scale, num_threads
+    ):
+        _torch_ops().reshape_and_cache(
+            key, value, k_cache, v_cache, slot_mapping, k_scale=k_scale, v_scale=v_scale, num_threads=num_threads
+        )
 
 
 def paged_attention(
@@ -123,7 +134,7 @@ def paged_attention(
         out = new_out(query, v_cache)
     if lse is None and return_lse:
         lse = new_lse(query, "query", "head_dim")
-    traced = is_compiling() or any_subclass(
+    if is_compiling() or not _kernels.try_paged_attention(
         query,
         k_cache,
         v_cache,
@@ -132,40 +143,47 @@ def paged_attention(
         query_start_loc,
         out,
         lse,
+        scale,
+        causal,
+        window,
+        softcap,
         alibi_slopes,
         sinks,
         k_scale,
         v_scale,
+        max_query_len,
+        max_seq_len,
         block_table_rows,
+        split_size,
         plan,
         workspace,
-    )
-    attend = _torch_ops().paged_attention if traced else _kernels.paged_attention
-    attend(
-        query,
-        k_cache,
-        v_cache,
-        block_table,
-        seq_lens,
-        query_start_loc,
-        out,
-        lse,
-        scale=scale,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        max_query_len=max_query_len,
-        max_seq_len=max_seq_len,
-        block_table_rows=block_table_rows,
-        split_size=split_size,
-        plan=plan,
-        workspace=workspace,
-        num_threads=num_threads,
-    )
+        num_threads,
+    ):
+        _torch_ops().paged_attention(
+            query,
+            k_cache,
+            v_cache,
+            block_table,
+            seq_lens,
+            query_start_loc,
+            out,
+            lse,
+            scale=scale,
+            causal=causal,
+            window=window,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            max_query_len=max_query_len,
+            max_seq_len=max_seq_len,
+            block_table_rows=block_table_rows,
+            split_size=split_size,
+            plan=plan,
+            workspace=workspace,
+            num_threads=num_threads,
+        )
     return out if lse is None else (out, lse)
 
 
@@ -252,76 +270,18 @@ def plan_attention(
     return out
 
 
-def attention_workspace_size(
-    max_num_tokens: int,
-    max_num_seqs: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    *,
-    v_head_dim: int | None = None,
-    max_query_len: int | None = None,
-    split_size: int | None = None,
-    dtype: Any = "bfloat16",
-    device: Any = "cuda",
-) -> int:
-    """Bytes of a workspace for every `paged_attention` of at most these sizes, with room for a plan where a call has
-    none. From shapes alone: no length is looked at. 0 on the CPU.
-    """
-    plan, workspace = _attention_memory(
-        max_num_tokens,
-        max_num_seqs,
-        num_heads,
-        num_kv_heads,
-        head_dim,
-        v_head_dim,
-        max_query_len,
-        split_size,
-        dtype,
-        device,
-    )
-    return plan + workspace
-
-
-def attention_plan_size(
-    max_num_tokens: int,
-    max_num_seqs: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    *,
-    v_head_dim: int | None = None,
-    max_query_len: int | None = None,
-    split_size: int | None = None,
-    dtype: Any = "bfloat16",
-    device: Any = "cuda",
-) -> int:
-    """Bytes of the `out` of every `plan_attention` of at most these sizes. 0 on the CPU."""
-    return _attention_memory(
-        max_num_tokens,
-        max_num_seqs,
-        num_heads,
-        num_kv_heads,
-        head_dim,
-        v_head_dim,
-        max_query_len,
-        split_size,
-        dtype,
-        device,
-    )[0]
-
-
 def _attention_memory(
     max_num_tokens: int,
     max_num_seqs: int,
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
-    v_head_dim: int | None,
-    max_query_len: int | None,
-    split_size: int | None,
-    dtype: Any,
-    device: Any,
+    *,
+    v_head_dim: int | None = None,
+    max_query_len: int | None = None,
+    split_size: int | None = None,
+    dtype: Any = "bfloat16",
+    device: Any = "cuda",
 ) -> tuple[int, int]:
     """(bytes of a plan, bytes of a workspace) at most."""
     return _kernels.attention_memory(
@@ -336,6 +296,33 @@ def _attention_memory(
         dtype_name(dtype),
         -1 if split_size is None else split_size,
     )
+
+
+def _taking_arguments_of(
+    other: Callable[_Arguments, Any],
+) -> Callable[[Callable[_Arguments, int]], Callable[_Arguments, int]]:
+    """For a function that hands all of its arguments on to `other`: shows them as its own."""
+
+    def shown(function: Callable[_Arguments, int]) -> Callable[_Arguments, int]:
+        function.__signature__ = inspect.signature(other).replace(return_annotation="int")  # type: ignore[attr-defined]
+        return function
+
+    return shown
+
+
+@_taking_arguments_of(_attention_memory)
+def attention_workspace_size(*sizes: Any, **options: Any) -> int:
+    """Bytes of a workspace for every `paged_attention` of at most these sizes, with room for a plan where a call has
+    none. From shapes alone: no length is looked at. 0 on the CPU.
+    """
+    plan, workspace = _attention_memory(*sizes, **options)
+    return plan + workspace
+
+
+@_taking_arguments_of(_attention_memory)
+def attention_plan_size(*sizes: Any, **options: Any) -> int:
+    """Bytes of the `out` of every `plan_attention` of at most these sizes. 0 on the CPU."""
+    return _attention_memory(*sizes, **options)[0]
 
 
 def warmup(device: Any = "cuda") -> None:

@@ -51,6 +51,7 @@ class Forward:
         self._module = model.module
         self._kv = kv
         self._layers = [LayerCache(*kv.layer(layer.index), *kv.scales(layer.index)) for layer in model.layers]
+        self._sinks = [layer.sinks for layer in model.layers]
         self._workspace = workspace
 
     def prepare(self, staged: Staged) -> None:
@@ -66,6 +67,7 @@ class Forward:
         """The pass itself: logits float [num_samples, vocab_size]."""
         step = AttentionStep(
             layers=self._layers,
+            sinks=self._sinks,
             slot_mapping=tensors.slot_mapping,
             block_table=tensors.block_table,
             seq_lens=tensors.seq_lens,

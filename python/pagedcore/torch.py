@@ -177,7 +177,5 @@ def needs_dispatcher(*tensors: Any) -> bool:
 
 _register()
 _kernels.set_torch_types(torch.Tensor, torch.nn.Parameter)
-# Two calls, which are quicker than one of a Python function that asks for both. Whoever traces without dynamo does so
-# with tensors of a subclass.
+# Whoever traces without dynamo does so with tensors of a subclass, which the ops look for anyway.
 ops.is_compiling = is_dynamo_compiling
-ops.any_subclass = _kernels.any_torch_subclass
