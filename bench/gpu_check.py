@@ -243,7 +243,8 @@ def bench(report: Report, site: Path, out: Path, end: float) -> None:
         seconds = max(60.0, end - start)
         command = [sys.executable, "-m", "pagedcore.bench", "attention", "--json", str(document), *more]
         code = run([*command, "--seconds", f"{seconds - 30:.0f}"], log, seconds=seconds, environment=environment)
-        print(tail(log, 90), flush=True)
+        ended = code in (0, 1, 3)  # right, wrong, or a device that can be used no more: its table stands last
+        print(log.read_text().rpartition("\n\n")[2] if ended else tail(log), flush=True)
         found = json.loads(document.read_text()) if document.is_file() else {}
         counts = {"figures": len(found.get("results", ())), "not run": len(found.get("not_run", ()))}
         counts["wrong"] = len(found.get("failures", ()))

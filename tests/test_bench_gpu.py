@@ -257,7 +257,11 @@ def refuses(reason: str) -> Callable[[], Any]:
 
 
 def crashes() -> Any:
-    raise RuntimeError("kernel not found\nand more")
+    raise RuntimeError("build failed\n[1/2] nvcc -c mha.cu\n  mha.cu(7): error: no such thing\nerror: another")
+
+
+def runs_out() -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def naps(seconds: float) -> Callable[[], Callable[[int], object]]:
@@ -272,6 +276,7 @@ def test_the_fastest_rival_is_the_baseline_and_failures_are_named() -> None:
         "fast": Contender(naps(0.004), 4e6),
         "absent": Contender(refuses("cannot be imported"), 4e6),
         "broken": Contender(crashes, 4e6),
+        "large": Contender(runs_out, 4e6, own=True),
     }
     run.compare("case", contenders, "GB/s", {"ours": ["slow", "fast", "absent"]})
     figures = {result.metric: result for result in run.session.results}
@@ -287,7 +292,8 @@ def test_the_fastest_rival_is_the_baseline_and_failures_are_named() -> None:
     assert mine.roofline == pytest.approx(mine.value * 1e9 / run.machine.copy_rate)
     assert run.session.not_run == [
         NotRun("case", "absent", "cannot be imported"),
-        NotRun("case", "broken", "RuntimeError: kernel not found"),
+        NotRun("case", "broken", "RuntimeError: build failed: mha.cu(7): error: no such thing"),
+        NotRun("case", "large", "out of memory"),
     ]
     assert not run.session.failures
 
@@ -296,7 +302,7 @@ def test_without_the_subject_nothing_is_timed() -> None:
     run = bench()
     run.compare("case", {"ours": Contender(crashes, 1, own=True), "peer": Contender(naps(0), 1)}, "us", {})
     assert not run.session.results
-    assert run.session.failures == ["case: ours: RuntimeError: kernel not found"]
+    assert run.session.failures == ["case: ours: RuntimeError: build failed: mha.cu(7): error: no such thing"]
 
 
 def test_units() -> None:
@@ -466,6 +472,8 @@ def test_the_table_compares_with_the_first() -> None:
     assert lines[0].split() == ["decode", "400", "GB/s", "50%", "peer", "4.00x"]
     assert lines[1].split() == ["short", "5", "us", "peer", "2.00x"]
     assert lines[2:] == ["not run: x: needs a GPU (2 cases)", "not run: y: absent (a)"]
+    short = harness.table(results, missing, most=1)
+    assert short == [lines[0], "and 1 cases more, in the JSON", *lines[2:]]
 
 
 # Compiling in the background -----------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from pagedcore.bench.harness import Session, table
 SUITES = {"attention": "pagedcore.bench.attention", "cascade": "pagedcore.bench.cascade"}
 #: Exit status where a result of ours was wrong, and where a library broke the device's context.
 WRONG, BROKEN = 1, 3
-_MOST_ROWS = 60
+_MOST_CASES = 40  # in the table that is printed
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,10 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         suite.run(session)
     session.write_json()
     if device != "cpu" or options.rehearse:
-        lines = table(session.results, session.not_run)
-        session.note("\n" + "\n".join(lines[:_MOST_ROWS]))
-        if len(lines) > _MOST_ROWS:
-            session.note(f"and {len(lines) - _MOST_ROWS} lines more: see the JSON")
+        session.note("\n" + "\n".join(table(session.results, session.not_run, _MOST_CASES)))
     for failure in session.failures:
         session.note(f"WRONG: {failure}")
     return BROKEN if session.broken else WRONG if session.failures else 0

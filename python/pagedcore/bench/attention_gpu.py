@@ -121,7 +121,7 @@ class Suite:
     def _orders(self) -> None:
         """One layer after another of one large pool, its bytes taken in either order."""
         wanted, layers = self.grid.pool_bytes, self.grid.pool_layers
-        size = min(wanted, self.machine.memory - self.machine.reserve)
+        size = min(wanted, self.machine.room())
         heads, (batch, context) = cases.LLAMA_8B, self.grid.pool
         if size < wanted:
             self.session.skip(
@@ -147,8 +147,7 @@ class Suite:
         for case in [*cases.main_cases(self.grid), *cases.decode_grid(self.grid)]:
             if not self.bench.may_begin(case.name):
                 continue
-            need = case.kv_bytes * cases.num_buffers(case, self.machine.l2) + self.machine.reserve
-            if need > self.machine.memory:
+            if case.kv_bytes * cases.num_buffers(case, self.machine.l2) > self.machine.room():
                 self.session.skip(case.name, "all", "more than the device's memory")
             else:
                 work = partial(self._beside_peers, case, slow_starts=case in shown)

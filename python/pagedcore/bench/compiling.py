@@ -23,7 +23,7 @@ import torch
 
 from pagedcore.bench.batch import Batch, relative_error
 from pagedcore.bench.cases import ALL_HEADS, decode
-from pagedcore.bench.peers import PEERS, Peer, brief
+from pagedcore.bench.peers import PEERS, CannotRun, Peer, brief
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -134,6 +134,8 @@ def call_once(job: str, peers: Iterable[Peer], case: Case, device: torch.device)
         batch = Batch(replace(case, kind=kind), device)
         try:
             error = relative_error(peer.make(batch)(0).reshape(batch.query.shape), batch.reference(0))
+        except CannotRun as reason:
+            return str(reason)
         except Exception as failure:  # noqa: BLE001  # another library's
             return brief(failure)
         if not error < _ERROR:

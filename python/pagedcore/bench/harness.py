@@ -164,6 +164,7 @@ class Session:
         #: What made the device unusable for this process, which ended the run.
         self.broken: str | None = None
         self._json_path = json_path
+        self._machine: dict[str, Any] | None = None
         self._end = None if seconds is None else time.monotonic() + seconds
 
     def time_left(self) -> float:
@@ -230,12 +231,14 @@ class Session:
         self._json_path.write_text(json.dumps(document, indent=1) + "\n")
 
     def _environment(self) -> dict[str, Any]:
-        return {**describe(), "device": self.device, **self.facts}
+        if self._machine is None:
+            self._machine = describe()
+        return {**self._machine, "device": self.device, **self.facts}
 
 
-def table(results: Sequence[Result], not_run: Sequence[NotRun]) -> list[str]:
-    """A line for each case: the figure that stands first in it, and how many times faster it is than the others. Then
-    what did not run, a line for each reason.
+def table(results: Sequence[Result], not_run: Sequence[NotRun], most: int | None = None) -> list[str]:
+    """A line for each case, `most` of them at most: the figure that stands first in it, and how many times faster it is
+    than the others. Then what did not run, a line for each reason.
     """
     cases: dict[str, list[Result]] = {}
     for result in results:
@@ -245,6 +248,8 @@ def table(results: Sequence[Result], not_run: Sequence[NotRun]) -> list[str]:
         share = "" if first.roofline is None else f"{first.roofline:5.0%}"
         line = f"{case:46} {first.value:9.4g} {first.unit:7} {share:5}"
         lines.append(" ".join([line, *(f" {other.metric} {speed_ratio(first, other):.2f}x" for other in others)]))
+    if most is not None and len(lines) > most:
+        lines[most:] = [f"and {len(lines) - most} cases more, in the JSON"]
     reasons: dict[tuple[str, str], list[str]] = {}
     for entry in not_run:
         reasons.setdefault((entry.metric, entry.reason), []).append(entry.case)

@@ -36,7 +36,7 @@ class Machine:
 
     device: torch.device
     clock: Clock
-    memory: int  # bytes that are free
+    memory: int  # bytes that were free at first
     l2: int  # bytes of its cache
     copy_rate: float = 1e9
     product_rate: float = 1e9
@@ -50,6 +50,11 @@ class Machine:
     def reserve(self) -> int:
         """Bytes to be left for workspaces, graphs and the oracle."""
         return min(8 << 30, self.memory // 8)
+
+    def room(self) -> int:
+        """Bytes for the tensors of a case: others, that compile, take some too."""
+        free = torch.cuda.mem_get_info(self.device)[0] if self.on_gpu else self.memory
+        return int(free) - self.reserve
 
     def settle(self) -> None:
         """Waits for the device, and gives it back what memory is not used. Raises what went wrong there."""
@@ -122,6 +127,8 @@ class Bench:
                 torch.cuda.synchronize()  # what went wrong on the device is raised here
         except CannotRun as reason:
             (self.session.fail if own else self.session.skip)(case, metric, str(reason))
+        except (torch.OutOfMemoryError, MemoryError):
+            self.session.skip(case, metric, "out of memory")
         except Exception as error:  # noqa: BLE001  # another library's, or the device's
             (self.session.fail if own else self.session.skip)(case, metric, brief(error))
             result = None
@@ -150,6 +157,7 @@ class Bench:
                 samples[metric] = sample
                 if self.machine.on_gpu and not sample.recorded:
                     self.session.note(f"{case:44} {metric:24} cannot be recorded: the host launches it")
+                    self.session.facts.setdefault("launched_by_the_host", []).append(f"{case}: {metric}")
         seconds = 0.1 * len(samples) if self.machine.on_gpu else 0.0
         times = self.guarded(
             case, "timing", lambda: time_samples(self.machine.clock, samples, seconds=seconds), own=True

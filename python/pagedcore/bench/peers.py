@@ -81,9 +81,12 @@ def library(name: str) -> Any:
 
 
 def brief(error: BaseException) -> str:
-    """The first line of what went wrong."""
-    text = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__
+    """What went wrong in a line: the first of the message, and the first below it that speaks of an error, which is
+    where compilers say it.
+    """
+    first, *rest = str(error).strip().splitlines() or [""]
+    found = next((line.strip() for line in rest if "error" in line.lower()), "")
+    return ": ".join(part[:160] for part in (type(error).__name__, first, found) if part)
 
 
 def _workspace(batch: Batch) -> torch.Tensor:
