@@ -61,7 +61,7 @@ PAGEDCORE_DEVICE void attend_all(const PlannedAttention& params) {
   constexpr int kFloats = Many::Record::kFloats;
   char* shared = device::shared_memory();
   auto& work = *reinterpret_cast<BlockWork*>(shared + SharedMemory<Few, Many>::kTiles);
-  clear_padding<Many, T>(params.attention);
+  clear_padding<Many>(params.attention);
   if (device::thread_id() == 0) work.start(params);
   for (;;) {
     if (device::thread_id() == 0) work.next(params);

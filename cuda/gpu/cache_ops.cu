@@ -9,6 +9,7 @@
 #include "pagedcore/device.h"
 #include "quantise.h"
 #include "report.h"
+#include "slots.h"
 
 namespace pagedcore::gpu {
 namespace {
@@ -44,11 +45,6 @@ PAGEDCORE_DEVICE void copy_run(const char* from, char* to, int64_t bytes, int la
   }
 }
 
-struct WriteParams {
-  CacheWriteParams write;
-  int64_t num_blocks;
-};
-
 // A warp writes one row of K and one of V: one token's, one head's.
 template <class Unit>
 PAGEDCORE_KERNEL(kThreads, 1)
@@ -58,19 +54,14 @@ write_kernel(const WriteParams params) {
   const int64_t rows = p.num_tokens * p.num_kv_heads;
   for (int64_t row = int64_t{block_x()} * kWarps + warp_id(); row < rows; row += int64_t{grid_x()} * kWarps) {
     const int64_t token = row / p.num_kv_heads, head = row % p.num_kv_heads;
-    const int64_t slot = p.slot_mapping[token];
-    if (slot < 0) continue;
-    if (slot >= params.num_blocks * p.block_size) {
-      report(p.faults, DeviceFault::slot);
-      continue;
-    }
-    const int64_t block = slot / p.block_size, offset = slot % p.block_size;
+    const SlotPlace slot = place_of_token(params, token);
+    if (slot.block < 0) continue;
     const auto source = [&](const void* from, int64_t token_stride, int64_t head_stride) {
       return static_cast<const char*>(from) + (token * token_stride + head * head_stride) * p.element_size;
     };
     const auto place = [&](const Pages& to) {
       return static_cast<char*>(to.data) +
-             (block * to.block_stride + head * to.head_stride + offset * to.token_stride) * p.element_size;
+             (slot.block * to.block_stride + head * to.head_stride + slot.offset * to.token_stride) * p.element_size;
     };
     copy_run<Unit>(source(p.key, p.key_token_stride, p.key_head_stride), place(p.k), p.key_bytes, lane_id(), kWarpSize);
     copy_run<Unit>(source(p.value, p.value_token_stride, p.value_head_stride), place(p.v), p.value_bytes, lane_id(),

@@ -17,7 +17,9 @@ template <int kDim, class T>
 using DecodeRows = FewRows<kDim, T, kDim <= 128 ? 128 : 64>;
 
 template <int kDim, class T>
-PAGEDCORE_KERNEL((kDim <= 128 ? 128 : 64), (kDim <= 128 ? 2 : 1))
+PAGEDCORE_KERNEL((kDim <= 128 ? 128 : 64), (kDim <= 64    ? 4
+                                            : kDim <= 128 ? 2
+                                                          : 1))
 decode_kernel(const PlannedAttention params) {
   using Rows = DecodeRows<kDim, T>;
   attend_all<Rows, Rows, T>(params);

@@ -9,12 +9,15 @@
 // Shared memory, with four warps (each its own K, V and stages) and three stages:
 //
 //   | warp 0: K V | K V | K V | warp 1: ... | warp 3: ... | valid bits, 128 B | Q, where not held in registers |
+//                                                                             | or scales of K and V, of codes |
 //   | records: one a warp, when the pipelines are empty   |
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 
+#include "codes.h"
+#include "elements.h"
 #include "finish.h"
 #include "load.h"
 #include "query.h"
@@ -34,18 +37,25 @@ struct FewRows {
   using Record = gpu::Record<kRows, kDim>;
   // Above 128 the output takes 96 or 128 registers a thread: two warps, so that a block fits the 99 KB of sm_86 and
   // sm_89, and Q is read from shared memory at each step instead of being held. The stages are to be chosen by
-  // measurement; three fill 96 KiB at 128.
+  // measurement; three fill 96 KiB at 128, and four of codes 64.
   static constexpr int kWarps = kDim <= 128 ? 4 : 2;
-  static constexpr int kStages = kDim <= 192 ? 3 : 2;
+  static constexpr int kStages = kOfCodes<T> ? 4 : kDim <= 192 ? 3 : 2;
   static constexpr bool kQueryInShared = kDim > 128;
-  using Query = std::conditional_t<kQueryInShared, QueryInShared<kDim, T>, QueryInRegisters<kDim, T>>;
+  static_assert(!kOfCodes<T> || !kQueryInShared, "codes are multiplied with queries in registers");
+  using Cache = typename Elements<T>::Cache;
+  using Query =
+      std::conditional_t<kOfCodes<T>, QueryOfCodes<kDim>,
+                         std::conditional_t<kQueryInShared, QueryInShared<kDim, T>, QueryInRegisters<kDim, T>>>;
+  using State = std::conditional_t<kOfCodes<T>, CodesState<kDim>, WarpState<kDim>>;
   static constexpr int kWarpKeys = 16;  // of a stage: the inner size of P V
   static constexpr int kStageKeys = kWarps * kWarpKeys;
-  static constexpr int kStageBytes = 2 * kWarpKeys * kDim * 2;  // K and V of one warp
+  static constexpr int kSideBytes = kWarpKeys * kDim * static_cast<int>(sizeof(Cache));  // K of one warp, or V
+  static constexpr int kStageBytes = 2 * kSideBytes;
   static constexpr int kPipelineBytes = kWarps * kStages * kStageBytes;
   static constexpr int kRecordsBytes = kWarps * Record::kFloats * 4;
   static constexpr int kMasksAt = kPipelineBytes > kRecordsBytes ? kPipelineBytes : kRecordsBytes;
-  static constexpr int kQueryAt = kMasksAt + 128;
+  static constexpr int kScalesAt = kMasksAt + 128;  // [warp][stage][K, V][key]
+  static constexpr int kQueryAt = kScalesAt + (kOfCodes<T> ? kWarps * kStages * 2 * kWarpKeys * 4 : 0);
   static_assert(kWarps * kStages * 4 <= 128, "room for the masks");
   static constexpr int kSharedBytes = kQueryAt + (kQueryInShared ? kRows * kDim * 2 : 0);
   static_assert(kSharedBytes <= kMostSharedBytes, "shared memory of one block on sm_86 and sm_89");
@@ -54,7 +64,8 @@ struct FewRows {
 
   // Keys [key, end) of a span; leaves the warps' records in shared memory. Reached by the whole block.
   static PAGEDCORE_MEMBER void attend(const PlannedAttention& params, const Span& s, int key, int end, char* shared) {
-    auto state = empty_state<kDim>();
+    State state;
+    state.clear();
     if constexpr (kQueryInShared) {
       QueryInShared<kDim, T>::fill(params, s, kRows, kThreads, shared + kQueryAt);
       device::sync_threads();
@@ -83,7 +94,7 @@ struct FewRows {
 
   // One warp's share: 16 keys of every stage.
   static PAGEDCORE_MEMBER void attend_keys(const PlannedAttention& params, const Span& s, int key, int end,
-                                           char* shared, WarpState<kDim>& state) {
+                                           char* shared, State& state) {
     const AttentionParams& p = params.attention;
     const device::Lane lane = device::fresh_lane();
     const SeenKeys seen = seen_keys(p, s);
@@ -92,6 +103,7 @@ struct FewRows {
 
     const auto pipeline = device::shared_address(shared) + lane.warp * kStages * kStageBytes;
     auto* masks = reinterpret_cast<uint32_t*>(shared + kMasksAt) + lane.warp * kStages;
+    auto* scales = reinterpret_cast<float*>(shared + kScalesAt) + lane.warp * kStages * 2 * kWarpKeys;
     const Row rows[2] = {row_of(params, s, lane.id / 4), row_of(params, s, lane.id / 4 + 8)};
     Query query;
     if constexpr (kQueryInShared) {
@@ -108,8 +120,12 @@ struct FewRows {
       const int slot = stage % kStages;
       if (stage < stages) {
         const auto k_rows = pipeline + slot * kStageBytes;
-        const uint32_t found = load_keys<kDim, kWarpKeys, T>(p, lane, s.kv_head, place, k_rows,
-                                                             k_rows + kWarpKeys * Tile<kDim>::kRowBytes);
+        const uint32_t found =
+            load_keys<kDim, kWarpKeys, Cache>(p, lane, s.kv_head, place, k_rows, k_rows + kSideBytes);
+        if constexpr (kOfCodes<T>) {
+          float* const k_scales = scales + slot * 2 * kWarpKeys;
+          load_scales<kWarpKeys>(p, lane, s.kv_head, place, k_scales, k_scales + kWarpKeys);
+        }
         if (lane.id == 0) masks[slot] = found;
         place = place_in(stage + 1);
       }
@@ -125,9 +141,18 @@ struct FewRows {
       const auto k_rows = pipeline + slot * kStageBytes;
       const uint32_t valid[1] = {masks[slot]};
       float score[kWarpKeys / 8][4];
-      multiply_keys<kWarpKeys>(lane, query, k_rows, score);
+      const float* const k_scales = scales + slot * 2 * kWarpKeys;
+      if constexpr (kOfCodes<T>) {
+        multiply_codes<kWarpKeys>(lane, query, k_rows, k_scales, score);
+      } else {
+        multiply_keys<kWarpKeys>(lane, query, k_rows, score);
+      }
       finish_scores<kWarpKeys>(params, lane, rows, first_key + stage * kStageKeys, false, valid, score);
-      fold_keys<kDim, kWarpKeys, T>(lane, score, k_rows + kWarpKeys * Tile<kDim>::kRowBytes, state);
+      if constexpr (kOfCodes<T>) {
+        fold_codes<kWarpKeys>(lane, score, k_scales + kWarpKeys, k_rows + kSideBytes, state);
+      } else {
+        fold_keys<kDim, kWarpKeys, T>(lane, score, k_rows + kSideBytes, state);
+      }
     }
     device::cp_async_wait<0>();
     complete_sums(state);

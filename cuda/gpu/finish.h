@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "elements.h"
 #include "pagedcore/device.h"
 #include "pagedcore/softmax.h"
 #include "record.h"
@@ -28,9 +29,8 @@ PAGEDCORE_DEVICE RowEnd end_of_row(const AttentionParams& p, const Row& row, flo
   return {device::divide_approx(total.a, total.w), total.m, total.l, total.w == 0.0f};
 }
 
-template <class T>
-PAGEDCORE_DEVICE T* start_of_output(const AttentionParams& p, const Row& row) {
-  return static_cast<T*>(p.out) + row.token * p.out_token_stride + row.head * p.out_head_stride;
+PAGEDCORE_DEVICE uint16_t* start_of_output(const AttentionParams& p, const Row& row) {
+  return static_cast<uint16_t*>(p.out) + row.token * p.out_token_stride + row.head * p.out_head_stride;
 }
 
 PAGEDCORE_DEVICE void write_lse(const AttentionParams& p, const Row& row, const RowEnd& end) {
@@ -48,7 +48,7 @@ PAGEDCORE_DEVICE void write_output(const PlannedAttention& params, const Span& s
     if (!row.valid) continue;
     const Folded f = fold<typename Policy::Record, kOthers>(parts, i / Policy::kDim, d);
     const RowEnd end = end_of_row(p, row, f.m, f.rounded, f.exact);
-    start_of_output<T>(p, row)[d].bits = static_cast<uint16_t>(device::pack2<T>(end.value(f.o), 0.0f));
+    start_of_output(p, row)[d] = static_cast<uint16_t>(pack_output<T>(p, end.value(f.o), 0.0f));
     if (d == 0) write_lse(p, row, end);
   }
 }
@@ -119,14 +119,14 @@ PAGEDCORE_DEVICE void merge_if_last(const PlannedAttention& params, const PlanHe
 }
 
 // Tokens after the last sequence's, which are nobody's, see nothing.
-template <class Policy, class T>
+template <class Policy>
 PAGEDCORE_DEVICE void clear_padding(const AttentionParams& p) {
   const int64_t first = p.query_start_loc[p.num_seqs];
   const int64_t rows = (p.num_tokens - first) * p.num_heads;
   for (int64_t i = device::block_x(); i < rows; i += device::grid_x()) {
     const int64_t token = first + i / p.num_heads, head = i % p.num_heads;
-    T* out = static_cast<T*>(p.out) + token * p.out_token_stride + head * p.out_head_stride;
-    for (int d = device::thread_id(); d < Policy::kDim; d += Policy::kThreads) out[d] = T{};
+    uint16_t* out = static_cast<uint16_t*>(p.out) + token * p.out_token_stride + head * p.out_head_stride;
+    for (int d = device::thread_id(); d < Policy::kDim; d += Policy::kThreads) out[d] = 0;
     if (p.lse != nullptr && device::thread_id() == 0) {
       p.lse[token * p.lse_token_stride + head * p.lse_head_stride] = -INFINITY;
     }

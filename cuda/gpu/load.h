@@ -34,18 +34,18 @@ PAGEDCORE_DEVICE SeenKeys seen_keys(const AttentionParams& p, const Span& s) {
   return {table_row_of(p, s.seq), s.work.begin, s.work.end};
 }
 
-// Starts the copies of the rows of K and V of kKeys keys; lane i brings the place of key i % kKeys. A key that is
-// nowhere gets zeros: what lies in unwritten memory may be NaN, and 0 * NaN is not 0. Bit i of the result: key i is
-// somewhere.
-template <int kDim, int kKeys, class T>
+// Starts the copies of the rows of K and V, of elements C, of kKeys keys; lane i brings the place of key i % kKeys. A
+// key that is nowhere gets zeros: what lies in unwritten memory may be NaN, and 0 * NaN is not 0. Bit i of the result:
+// key i is somewhere.
+template <int kDim, int kKeys, class C>
 PAGEDCORE_DEVICE uint32_t load_keys(const AttentionParams& p, device::Lane lane, int kv_head, Place place,
                                     device::SharedAddress k_rows, device::SharedAddress v_rows) {
-  using Rows = Tile<kDim>;
+  using Rows = Tile<kDim, sizeof(C)>;
   static_assert(kKeys <= device::kWarpSize && device::kWarpSize % kKeys == 0, "a lane for each key");
   constexpr int kCopies = kKeys * Rows::kChunks;
   const uint32_t found = device::ballot(place.block >= 0);
-  const T* k = static_cast<const T*>(p.k.data) + kv_head * p.k.head_stride;
-  const T* v = static_cast<const T*>(p.v.data) + kv_head * p.v.head_stride;
+  const C* k = static_cast<const C*>(p.k.data) + kv_head * p.k.head_stride;
+  const C* v = static_cast<const C*>(p.v.data) + kv_head * p.v.head_stride;
 #pragma unroll 2  // more would keep that many pairs of 64-bit addresses in registers
   for (int i = 0; i < (kCopies + device::kWarpSize - 1) / device::kWarpSize; ++i) {
     const int copy = i * device::kWarpSize + lane.id;
@@ -57,12 +57,33 @@ PAGEDCORE_DEVICE uint32_t load_keys(const AttentionParams& p, device::Lane lane,
     // Where a block begins takes 64 bits, where a row is in it 32: why_not_tiled sees to that.
     const int64_t k_at = readable ? block * p.k.block_stride : 0;
     const int64_t v_at = readable ? block * p.v.block_stride : 0;
-    const int k_in = readable ? slot * static_cast<int>(p.k.token_stride) + chunk * kChunkElements : 0;
-    const int v_in = readable ? slot * static_cast<int>(p.v.token_stride) + chunk * kChunkElements : 0;
+    const int k_in = readable ? slot * static_cast<int>(p.k.token_stride) + chunk * Rows::kChunkElements : 0;
+    const int v_in = readable ? slot * static_cast<int>(p.v.token_stride) + chunk * Rows::kChunkElements : 0;
     device::cp_async_16(k_rows + Rows::offset(row, chunk), k + k_at + k_in, readable);
     device::cp_async_16(v_rows + Rows::offset(row, chunk), v + v_at + v_in, readable);
   }
   return kKeys == device::kWarpSize ? found : found & ((1u << kKeys % 32) - 1);
+}
+
+// Starts the copies of the scales of these keys, or writes 1 where a side has none. A key that is nowhere gets 0, as
+// its codes do.
+template <int kKeys>
+PAGEDCORE_DEVICE void load_scales(const AttentionParams& p, device::Lane lane, int kv_head, Place place,
+                                  float* k_scales, float* v_scales) {
+#pragma unroll
+  for (int side = lane.id / kKeys; side < 2; side += device::kWarpSize / kKeys) {
+    const Scales& scales = side == 0 ? p.k_scale : p.v_scale;
+    float* to = (side == 0 ? k_scales : v_scales) + lane.id % kKeys;
+    if (scales.data == nullptr) {
+      *to = 1.0f;
+      continue;
+    }
+    const bool readable = place.block >= 0;
+    const int64_t at =
+        readable ? place.block * scales.block_stride + kv_head * scales.head_stride + place.slot * scales.token_stride
+                 : 0;
+    device::cp_async_4(device::shared_address(to), scales.data + at, readable);
+  }
 }
 
 }  // namespace pagedcore::gpu

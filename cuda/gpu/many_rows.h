@@ -4,15 +4,17 @@
 // keys, 64 or 32 at a time, that all warps share: each warp copies its part of a tile's keys, a barrier makes it
 // everybody's, and while the warps multiply the next tile is under way. Work per byte from pages: 16 flop a row.
 //
-// Shared memory: the stages, the valid bits, and above head size 128 Q.
+// Shared memory: the stages, the valid bits, and above head size 128 Q, or scales of codes.
 //
 //   | K, V of a tile | K, V of the next | ... | valid bits, a word a warp and stage; limits of a warp: 256 B | Q, where
-//   not held |
+//   not held | or scales of K and V |
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 
+#include "codes.h"
+#include "elements.h"
 #include "finish.h"
 #include "load.h"
 #include "query.h"
@@ -35,14 +37,21 @@ struct ManyRows {
   // Scores of 64 keys take 32 registers a thread. Above 128 the output leaves no room for them, nor for Q; and shared
   // memory none for more keys.
   static constexpr int kKeys = kDim <= 128 ? 64 : 32;
-  static constexpr int kStages = kDim <= 96 ? 3 : 2;
+  static constexpr int kStages = kDim <= 96 || kOfCodes<T> ? 3 : 2;
   static constexpr bool kQueryInShared = kDim > 128;
-  using Query = std::conditional_t<kQueryInShared, QueryInShared<kDim, T>, QueryInRegisters<kDim, T>>;
-  static constexpr int kWarpKeys = kKeys / kWarps;     // that a warp copies of a tile
-  static constexpr int kSideBytes = kKeys * kDim * 2;  // K of a tile, or V
+  static_assert(!kOfCodes<T> || !kQueryInShared, "codes are multiplied with queries in registers");
+  using Cache = typename Elements<T>::Cache;
+  using Query =
+      std::conditional_t<kOfCodes<T>, QueryOfCodes<kDim>,
+                         std::conditional_t<kQueryInShared, QueryInShared<kDim, T>, QueryInRegisters<kDim, T>>>;
+  using State = std::conditional_t<kOfCodes<T>, CodesState<kDim>, WarpState<kDim>>;
+  static constexpr int kWarpKeys = kKeys / kWarps;  // that a warp copies of a tile
+  static constexpr int kRowBytes = kDim * static_cast<int>(sizeof(Cache));
+  static constexpr int kSideBytes = kKeys * kRowBytes;  // K of a tile, or V
   static constexpr int kMasksAt = kStages * 2 * kSideBytes;
   static constexpr int kLimitsAt = kMasksAt + 128;
-  static constexpr int kQueryAt = kLimitsAt + 128;
+  static constexpr int kScalesAt = kLimitsAt + 128;  // [stage][K, V][key]
+  static constexpr int kQueryAt = kScalesAt + (kOfCodes<T> ? kStages * 2 * kKeys * 4 : 0);
   static_assert(kWarps * kStages * 4 <= 128 && kWarps * 16 <= 128, "room for the masks and limits");
   static constexpr int kSharedBytes = kQueryAt + (kQueryInShared ? kRows * kDim * 2 : 0);
   static_assert(kSharedBytes <= kMostSharedBytes, "shared memory of one block on sm_86 and sm_89");
@@ -55,17 +64,18 @@ struct ManyRows {
     int first_begin, last_begin, first_end, last_end;
   };
 
-  WarpState<kDim> state;
+  State state;
 
   // Keys [key, end) of a span. Reached by the whole block.
   PAGEDCORE_MEMBER void attend(const PlannedAttention& params, const Span& s, int key, int end, char* shared) {
     const AttentionParams& p = params.attention;
     const device::Lane lane = device::fresh_lane();
-    state = empty_state<kDim>();
+    state.clear();
     const SeenKeys seen = seen_keys(p, s);
     const int tiles = (end - key + kKeys - 1) / kKeys;
     const auto stages = device::shared_address(shared);
     auto* masks = reinterpret_cast<uint32_t*>(shared + kMasksAt);
+    auto* scales = reinterpret_cast<float*>(shared + kScalesAt);
 
     const int warp_row = lane.warp * 16;
     const int rows_here = rows_of_query(p, p.query_start_loc[s.seq + 1] - p.query_start_loc[s.seq]) - s.tile * kRows;
@@ -93,8 +103,13 @@ struct ManyRows {
     const auto load = [&](int tile) {
       if (tile < tiles) {
         const int slot = tile % kStages;
-        const auto k_rows = stages + slot * 2 * kSideBytes + lane.warp * kWarpKeys * Tile<kDim>::kRowBytes;
-        const uint32_t found = load_keys<kDim, kWarpKeys, T>(p, lane, s.kv_head, place, k_rows, k_rows + kSideBytes);
+        const auto k_rows = stages + slot * 2 * kSideBytes + lane.warp * kWarpKeys * kRowBytes;
+        const uint32_t found =
+            load_keys<kDim, kWarpKeys, Cache>(p, lane, s.kv_head, place, k_rows, k_rows + kSideBytes);
+        if constexpr (kOfCodes<T>) {
+          float* const k_scales = scales + slot * 2 * kKeys + lane.warp * kWarpKeys;
+          load_scales<kWarpKeys>(p, lane, s.kv_head, place, k_scales, k_scales + kKeys);
+        }
         if (lane.id == 0) masks[slot * kWarps + lane.warp] = found;
         place = place_in(tile + 1);
       }
@@ -122,9 +137,18 @@ struct ManyRows {
       for (int i = 0; i < kKeys / 32; ++i) all_visible = all_visible && valid[i] == ~0u;
       const auto k_rows = stages + slot * 2 * kSideBytes;
       float score[kKeys / 8][4];
-      multiply_keys<kKeys>(lane, query, k_rows, score);
+      const float* const k_scales = scales + slot * 2 * kKeys;
+      if constexpr (kOfCodes<T>) {
+        multiply_codes<kKeys>(lane, query, k_rows, k_scales, score);
+      } else {
+        multiply_keys<kKeys>(lane, query, k_rows, score);
+      }
       finish_scores<kKeys>(params, lane, rows, tile_key, all_visible, valid, score);
-      fold_keys<kDim, kKeys, T>(lane, score, k_rows + kSideBytes, state);
+      if constexpr (kOfCodes<T>) {
+        fold_codes<kKeys>(lane, score, k_scales + kKeys, k_rows + kSideBytes, state);
+      } else {
+        fold_keys<kDim, kKeys, T>(lane, score, k_rows + kSideBytes, state);
+      }
     }
     device::cp_async_wait<0>();
     complete_sums(state);
@@ -157,12 +181,12 @@ struct ManyRows {
       const Row row = row_of(params, s, lane.warp * 16 + lane.id / 4 + half * 8);
       if (!row.valid) continue;
       const RowEnd end = end_of_row(p, row, state.m[half], state.rounded[half], state.exact[half]);
-      T* out = start_of_output<T>(p, row) + lane.id % 4 * 2;
+      uint16_t* out = start_of_output(p, row);
 #pragma unroll
       for (int i = 0; i < kDim / 8; ++i) {
-        const uint32_t pair = device::pack2<T>(end.value(state.o[i][half * 2]), end.value(state.o[i][half * 2 + 1]));
-        out[i * 8].bits = static_cast<uint16_t>(pair);
-        out[i * 8 + 1].bits = static_cast<uint16_t>(pair >> 16);
+        const uint32_t pair = pack_output<T>(p, end.value(state.o[i][half * 2]), end.value(state.o[i][half * 2 + 1]));
+        out[State::column(lane, i, 0)] = static_cast<uint16_t>(pair);
+        out[State::column(lane, i, 1)] = static_cast<uint16_t>(pair >> 16);
       }
       if (lane.id % 4 == 0) write_lse(p, row, end);
     }

@@ -10,9 +10,10 @@ namespace {
 
 constexpr int kTiledDims[] = {64, 80, 96, 112, 128, 192, 256};
 
-bool on_16_bytes(const void* data, int64_t token_stride, int64_t head_stride, int64_t block_stride = 0) {
-  return (reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(token_stride * 2) |
-          static_cast<uintptr_t>(head_stride * 2) | static_cast<uintptr_t>(block_stride * 2)) %
+// Strides in elements of so many bytes.
+bool on_16_bytes(int bytes, const void* data, int64_t token_stride, int64_t head_stride, int64_t block_stride = 0) {
+  return (reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(token_stride * bytes) |
+          static_cast<uintptr_t>(head_stride * bytes) | static_cast<uintptr_t>(block_stride * bytes)) %
              kChunkBytes ==
          0;
 }
@@ -21,16 +22,19 @@ bool on_16_bytes(const void* data, int64_t token_stride, int64_t head_stride, in
 
 const char* why_not_tiled(const AttentionParams& p) {
   if (p.dtype != DType::f16 && p.dtype != DType::bf16) return "the dtype is not float16 or bfloat16";
-  if (p.kv_dtype != p.dtype) return "the cache is quantised";
+  const bool codes = p.kv_dtype == DType::e4m3;
   if (p.head_dim != p.v_head_dim) return "K and V have different head sizes";
   bool known = false;
   for (const int dim : kTiledDims) known = known || p.head_dim == dim;
   if (!known) return "the head size is not 64, 80, 96, 112, 128, 192 or 256";
-  if (!on_16_bytes(p.query, p.query_token_stride, p.query_head_stride)) return "rows of query do not start on 16 bytes";
-  if (!on_16_bytes(p.k.data, p.k.token_stride, p.k.head_stride, p.k.block_stride)) {
+  if (codes && !takes_codes(p.head_dim)) return "the cache holds codes and the head size is not 64 or 128";
+  if (!on_16_bytes(2, p.query, p.query_token_stride, p.query_head_stride))
+    return "rows of query do not start on 16 bytes";
+  const int bytes = codes ? 1 : 2;
+  if (!on_16_bytes(bytes, p.k.data, p.k.token_stride, p.k.head_stride, p.k.block_stride)) {
     return "rows of k_cache do not start on 16 bytes";
   }
-  if (!on_16_bytes(p.v.data, p.v.token_stride, p.v.head_stride, p.v.block_stride)) {
+  if (!on_16_bytes(bytes, p.v.data, p.v.token_stride, p.v.head_stride, p.v.block_stride)) {
     return "rows of v_cache do not start on 16 bytes";
   }
   for (const Pages* pages : {&p.k, &p.v}) {
@@ -125,11 +129,15 @@ void load_tiled() {
   for (const DType dtype : {DType::f16, DType::bf16}) {
     for (const int dim : kTiledDims) {
       AttentionParams p{};
-      p.dtype = dtype;
-      p.head_dim = p.v_head_dim = dim;
-      decode_kernel_for(p);
-      mixed_kernel_for(p);
-      if (dim <= kMostPrefillDim) prefill_kernel_for(p);
+      for (const DType kv_dtype : {dtype, DType::e4m3}) {
+        if (kv_dtype == DType::e4m3 && !takes_codes(dim)) continue;
+        p.dtype = dtype;
+        p.kv_dtype = kv_dtype;
+        p.head_dim = p.v_head_dim = dim;
+        decode_kernel_for(p);
+        mixed_kernel_for(p);
+        if (dim <= kMostPrefillDim) prefill_kernel_for(p);
+      }
     }
   }
 }

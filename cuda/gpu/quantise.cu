@@ -7,7 +7,7 @@
 #include "pagedcore/device.h"
 #include "pagedcore/quantise.h"
 #include "quantise.h"
-#include "report.h"
+#include "slots.h"
 
 namespace pagedcore::gpu {
 namespace {
@@ -17,11 +17,6 @@ using namespace device;
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kMaxBlocks = 16384;  // of the grid; the rest is a loop
-
-struct WriteParams {
-  CacheWriteParams write;
-  int64_t num_blocks;
-};
 
 // `scale`: the row's place for it, or null where it is 1.
 template <class T>
@@ -46,22 +41,17 @@ quantise_kernel(const WriteParams params) {
   for (int64_t row = int64_t{block_x()} * kWarps + warp_id(); row < rows; row += int64_t{grid_x()} * kWarps) {
     const bool is_key = row % 2 == 0;
     const int64_t token = row / 2 / p.num_kv_heads, head = row / 2 % p.num_kv_heads;
-    const int64_t slot = p.slot_mapping[token];
-    if (slot < 0) continue;
-    if (slot >= params.num_blocks * p.block_size) {
-      report(p.faults, DeviceFault::slot);
-      continue;
-    }
-    const int64_t block = slot / p.block_size, offset = slot % p.block_size;
+    const SlotPlace slot = place_of_token(params, token);
+    if (slot.block < 0) continue;
     const Pages& pages = is_key ? p.k : p.v;
     const Scales& scales = is_key ? p.k_scale : p.v_scale;
     const T* from = is_key ? static_cast<const T*>(p.key) + token * p.key_token_stride + head * p.key_head_stride
                            : static_cast<const T*>(p.value) + token * p.value_token_stride + head * p.value_head_stride;
-    e4m3* to = static_cast<e4m3*>(pages.data) + block * pages.block_stride + head * pages.head_stride +
-               offset * pages.token_stride;
+    e4m3* to = static_cast<e4m3*>(pages.data) + slot.block * pages.block_stride + head * pages.head_stride +
+               slot.offset * pages.token_stride;
     float* scale = scales.data == nullptr ? nullptr
-                                          : scales.data + block * scales.block_stride + head * scales.head_stride +
-                                                offset * scales.token_stride;
+                                          : scales.data + slot.block * scales.block_stride + head * scales.head_stride +
+                                                slot.offset * scales.token_stride;
     quantise_row(from, static_cast<int>((is_key ? p.key_bytes : p.value_bytes) / p.element_size), scale,
                  is_key ? p.makes_k_scale : p.makes_v_scale, to);
   }

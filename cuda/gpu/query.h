@@ -10,9 +10,8 @@
 
 namespace pagedcore::gpu {
 
-template <class T>
-PAGEDCORE_DEVICE const T* start_of_query(const AttentionParams& p, const Row& row) {
-  return static_cast<const T*>(p.query) + row.token * p.query_token_stride + row.head * p.query_head_stride;
+PAGEDCORE_DEVICE const uint16_t* start_of_query(const AttentionParams& p, const Row& row) {
+  return static_cast<const uint16_t*>(p.query) + row.token * p.query_token_stride + row.head * p.query_head_stride;
 }
 
 template <int kDim_, class T>
@@ -27,7 +26,7 @@ struct QueryInRegisters {
     const int pair = lane.id % 4 * 2;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const T* from = start_of_query<T>(p, rows[half]) + pair;
+      const uint16_t* from = start_of_query(p, rows[half]) + pair;
 #pragma unroll
       for (int step = 0; step < kDim / 16; ++step) {
         held[step][half] = rows[half].valid ? device::load_4(from + step * 16) : 0u;
@@ -64,7 +63,7 @@ struct QueryInShared {
       const device::Vec16 zero{};
       device::store_16(
           shared + Rows::offset(r, chunk),
-          row.valid ? device::load_16(start_of_query<T>(params.attention, row) + chunk * kChunkElements) : zero);
+          row.valid ? device::load_16(start_of_query(params.attention, row) + chunk * Rows::kChunkElements) : zero);
     }
   }
 

@@ -40,6 +40,12 @@ PAGEDCORE_FN float power_of_two(float x) {
   return x != x ? x : 0.0f;
 }
 
+// 2^x of any whole x, and the nearest power that a float has where x is beyond them.
+PAGEDCORE_FN float bounded_power_of_two(float x) {
+  const float within = x > -126.0f ? x < 126.0f ? x : 126.0f : -126.0f;
+  return bits_float(static_cast<uint32_t>(static_cast<int>(within) + 127) << 23);
+}
+
 // The state over the keys of both, brought to the larger of the two references. An empty state changes no bit of the
 // other.
 PAGEDCORE_DEVICE Folded merge(const Folded& a, const Folded& b) {

@@ -20,18 +20,21 @@ constexpr float kLazyGrowth = 8.0f;
 // What one thread keeps of its warp's 16 rows: rows lane / 4 and lane / 4 + 8.
 template <int kDim>
 struct WarpState {
+  static constexpr int kColumns = kDim;
+
   float m[2];        // references of the exponents, at most kLazyGrowth below the maximum
   float rounded[2];  // sums of weights as the product with V sees them; of this thread's columns until complete_sums
   float exact[2];    // sums before rounding, for the log-sum-exp
   float o[kDim / 8][4];
-};
 
-template <int kDim>
-PAGEDCORE_DEVICE WarpState<kDim> empty_state() {
-  WarpState<kDim> state{};
-  state.m[0] = state.m[1] = -INFINITY;
-  return state;
-}
+  PAGEDCORE_MEMBER void clear() {
+    *this = {};
+    m[0] = m[1] = -INFINITY;
+  }
+
+  // Of the output: where o[i][c] and o[i][c + 2] belong.
+  static PAGEDCORE_MEMBER int column(device::Lane lane, int i, int c) { return i * 8 + lane.id % 4 * 2 + c; }
+};
 
 // Brings rows whose maximum outgrew their reference to it. The branch is the warp's; a row that did not outgrow its own
 // is left as it is, so what becomes of a row does not depend on its neighbours.
@@ -57,12 +60,9 @@ PAGEDCORE_DEVICE void rescale(const float (&top)[2], WarpState<kDim>& state) {
   }
 }
 
-// Folds kKeys keys into the state: new references, weights, sums, O += P V. `v_rows`: the keys' rows of V.
-template <int kDim, int kKeys, class T>
-PAGEDCORE_DEVICE void fold_keys(device::Lane lane, const float (&score)[kKeys / 8][4], device::SharedAddress v_rows,
-                                WarpState<kDim>& state) {
-  using Rows = Tile<kDim>;
-  float top[2];
+// The largest score of each of this thread's rows.
+template <int kKeys>
+PAGEDCORE_DEVICE void largest_scores(const float (&score)[kKeys / 8][4], float (&top)[2]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float most = -INFINITY;
@@ -72,6 +72,15 @@ PAGEDCORE_DEVICE void fold_keys(device::Lane lane, const float (&score)[kKeys / 
     }
     top[half] = device::reduce_max(most, 4);
   }
+}
+
+// Folds kKeys keys into the state: new references, weights, sums, O += P V. `v_rows`: the keys' rows of V.
+template <int kDim, int kKeys, class T>
+PAGEDCORE_DEVICE void fold_keys(device::Lane lane, const float (&score)[kKeys / 8][4], device::SharedAddress v_rows,
+                                WarpState<kDim>& state) {
+  using Rows = Tile<kDim>;
+  float top[2];
+  largest_scores<kKeys>(score, top);
   rescale(top, state);
   const auto row = v_rows + Rows::offset(lane.id / 8 % 2 * 8 + lane.id % 8, lane.id / 16);
 #pragma unroll
@@ -113,9 +122,9 @@ PAGEDCORE_DEVICE void complete_sums(WarpState<kDim>& state) {
 }
 
 // The warp's state as rows first_row to first_row + 15 of a record.
-template <int kRows, int kDim>
-PAGEDCORE_DEVICE void write_record(device::Lane lane, const WarpState<kDim>& state, int first_row, float* to) {
-  using At = Record<kRows, kDim>;
+template <int kRows, class State>
+PAGEDCORE_DEVICE void write_record(device::Lane lane, const State& state, int first_row, float* to) {
+  using At = Record<kRows, State::kColumns>;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = first_row + lane.id / 4 + half * 8;
@@ -125,9 +134,9 @@ PAGEDCORE_DEVICE void write_record(device::Lane lane, const WarpState<kDim>& sta
       to[At::stats(row) + 2] = state.exact[half];
     }
 #pragma unroll
-    for (int i = 0; i < kDim / 8; ++i) {
-      to[At::output(row, i * 8 + lane.id % 4 * 2)] = state.o[i][half * 2];
-      to[At::output(row, i * 8 + lane.id % 4 * 2 + 1)] = state.o[i][half * 2 + 1];
+    for (int i = 0; i < State::kColumns / 8; ++i) {
+      to[At::output(row, State::column(lane, i, 0))] = state.o[i][half * 2];
+      to[At::output(row, State::column(lane, i, 1))] = state.o[i][half * 2 + 1];
     }
   }
 }

@@ -1,5 +1,5 @@
-// Rows of 16-bit elements in shared memory, swizzled so that neither the copies that fill a tile nor ldmatrix that
-// reads it meet a bank twice.
+// Rows of 16-bit or 8-bit elements in shared memory, swizzled so that neither the copies that fill a tile nor ldmatrix
+// that reads it meet a bank twice.
 #pragma once
 
 #include <cstdint>
@@ -9,15 +9,16 @@
 namespace pagedcore::gpu {
 
 constexpr int kChunkBytes = 16;
-constexpr int kChunkElements = 8;
 
 constexpr int greatest_common_divisor(int a, int b) { return b == 0 ? a : greatest_common_divisor(b, a % b); }
 
-template <int kDim>
+// kBytes: of an element.
+template <int kDim, int kBytes = 2>
 struct Tile {
   static_assert(kDim % 16 == 0 && kDim >= 64 && kDim <= 256, "head sizes of the tiled kernels");
+  static constexpr int kRowBytes = kDim * kBytes;
+  static constexpr int kChunkElements = kChunkBytes / kBytes;
   static constexpr int kChunks = kDim / kChunkElements;  // of a row
-  static constexpr int kRowBytes = kDim * 2;
   static constexpr int kFlips = greatest_common_divisor(kChunks, 8);
 
   // Eight rows read at one chunk must fall on eight different groups of four banks. Rows that start gcd(kChunks, 8)

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "elements.h"
 #include "gpu.h"
 #include "pagedcore/device.h"
 #include "work.h"
@@ -42,10 +43,16 @@ constexpr int kMostPrefillDim = 128;  // 128 rows of Q and two stages of keys wo
 #define PAGEDCORE_TILED_HEAD_DIMS 64, 80, 96, 112, 128, 192, 256
 #endif
 
+// Of these, those that have instances for codes: each takes as long to compile as one for elements, and these two are
+// what most models have.
+constexpr bool takes_codes(int head_dim) { return head_dim == 64 || head_dim == 128; }
+
 // Family::instance<kDim, T>() for these parameters, of the head sizes given.
 template <class Family, class T, int kDim, int... kOthers>
 TiledKernel instance_for(const AttentionParams& p) {
-  if (p.head_dim == kDim) return Family::template instance<kDim, T>();
+  if constexpr (!kOfCodes<T> || takes_codes(kDim)) {
+    if (p.head_dim == kDim) return Family::template instance<kDim, T>();
+  }
   if constexpr (sizeof...(kOthers) > 0) {
     return instance_for<Family, T, kOthers...>(p);
   } else {
@@ -55,8 +62,14 @@ TiledKernel instance_for(const AttentionParams& p) {
 
 template <class Family>
 TiledKernel instance_for(const AttentionParams& p) {
-  return p.dtype == DType::f16 ? instance_for<Family, f16, PAGEDCORE_TILED_HEAD_DIMS>(p)
-                               : instance_for<Family, bf16, PAGEDCORE_TILED_HEAD_DIMS>(p);
+  const TiledKernel of_elements = p.dtype == DType::f16 ? instance_for<Family, f16, PAGEDCORE_TILED_HEAD_DIMS>(p)
+                                                        : instance_for<Family, bf16, PAGEDCORE_TILED_HEAD_DIMS>(p);
+  if (p.kv_dtype != DType::e4m3) return of_elements;
+  // A plan is made without the cache: work over codes is cut as over elements, for the same grid. As many blocks of
+  // theirs run at one time, or more: registers.toml sees to that, and shared memory holds half the bytes.
+  TiledKernel of_codes = instance_for<Family, Codes, PAGEDCORE_TILED_HEAD_DIMS>(p);
+  of_codes.grid = of_elements.grid;
+  return of_codes;
 }
 
 }  // namespace pagedcore::gpu

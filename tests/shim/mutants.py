@@ -40,6 +40,11 @@ TILES_WINDOW = "test_shim_attention_tiles.py::test_window"
 TILES_BLOCKS = "test_shim_attention_tiles.py::test_blocks_out_of_range_are_masked"
 FIXED = "test_shim_attention_split.py::test_a_sequence_is_the_same_in_any_company"
 FIXED_RACES = "test_shim_attention_split.py::test_fixed_cuts_without_races"
+CODES = "test_shim_attention_codes.py::test_however_the_work_is_cut"
+CODES_NAN = "test_shim_attention_codes.py::test_nan_codes_show"
+CODES_GROWING = "test_shim_attention_codes.py::test_scores_and_values_that_grow"
+CODES_UNSEEN = "test_shim_attention_codes.py::test_what_nobody_sees_changes_nothing"
+CODES_QUERIES = "test_shim_attention_codes.py::test_queries_beyond_f16"
 SMALL = "test_shim_attention_split.py::test_the_planner_cuts_no_small_pieces"
 WRITE = "test_shim_cache.py::test_reshape_and_cache"
 MOVE = "test_shim_cache.py::test_copy_and_zero"
@@ -152,10 +157,10 @@ MUTANTS = [
         "static_cast<int32_t>(block * p.k.block_stride) + kv_head",
         FAR,
     ),
-    Mutant("padding rows not cleared", "finish.h", "out[d] = T{};", ";", PADDING),
+    Mutant("padding rows not cleared", "finish.h", "out[d] = 0;", ";", PADDING),
     Mutant(
         "slot past the cache written",
-        "cache_ops.cu",
+        "slots.h",
         "if (slot >= params.num_blocks * p.block_size) {",
         "if (slot > INT64_MAX - 1) {",
         WRITE,
@@ -232,6 +237,44 @@ MUTANTS = [
     ),
     Mutant(
         "fixed pieces past their records", "spans.h", "s.item_begin + s.work.units <= plan.most_pieces", "true", FIXED
+    ),
+    Mutant(
+        "NaN code decoded as 480",
+        "codes.h",
+        "(magnitude + 0x00800080u) & 0x40004000u",
+        "0u & (magnitude + 0x00800080u)",
+        CODES_NAN,
+    ),
+    Mutant(
+        "reference of V not moved",
+        "codes.h",
+        "state.n[half] = reference[half];",
+        "if (state.n[half] == -INFINITY) state.n[half] = reference[half];",
+        CODES_GROWING,
+    ),
+    Mutant(
+        "output not rescaled with V's reference",
+        "codes.h",
+        "power_of_two(state.n[half] - reference[half])",
+        "1.0f + 0.0f * power_of_two(state.n[half] - reference[half])",
+        CODES_GROWING,
+    ),
+    Mutant(
+        "K scale of the next key",
+        "codes.h",
+        "query.scale[c / 2] * of_lane[i * 8 + c % 2]",
+        "query.scale[c / 2] * of_lane[i * 8 + 1]",
+        CODES,
+    ),
+    Mutant(
+        "scale of an unwritten slot", "load.h", "scales.data + at, readable);", "scales.data + at, true);", CODES_UNSEEN
+    ),
+    Mutant(
+        "queries not scaled to f16",
+        "codes.h",
+        "const uint32_t bounded = exponent < 16 ? 16 : exponent;",
+        "const uint32_t bounded = exponent < 16 ? 16 : 142;",
+        CODES_QUERIES,
     ),
     Mutant("planner's cut without a record", "work.h", "int64_t{plan.grain} * weight : 1", "1 : 1", SMALL),
 ]

@@ -81,8 +81,9 @@ def test_features(plain_shim: Any, options: dict[str, Any]) -> None:
     check(quantized.exact, *attend_codes(plain_shim, quantized, "generic", **options), **options)
 
 
-def test_the_tiled_kernels_leave_it_to_the_generic_one(plain_shim: Any) -> None:
-    batch = make_batch([65, 20], [1, 3], dtype=torch.bfloat16, heads=(8, 2))
+@pytest.mark.parametrize("head_dim", [72, 80, 256])
+def test_head_sizes_that_the_generic_kernel_takes(plain_shim: Any, head_dim: int) -> None:
+    batch = make_batch([65, 20], [1, 3], dtype=torch.bfloat16, heads=(8, 2), head_dim=head_dim)
     quantized = Quantized(batch, "head")
     options = features("sinks")
     check(quantized.exact, *attend_codes(plain_shim, quantized, "any", **options), **options)

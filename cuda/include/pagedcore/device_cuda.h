@@ -52,6 +52,10 @@ PAGEDCORE_DEVICE void cp_async_16(SharedAddress shared, const void* global, bool
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0)
                : "memory");
 }
+PAGEDCORE_DEVICE void cp_async_4(SharedAddress shared, const void* global, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(valid ? 4 : 0)
+               : "memory");
+}
 PAGEDCORE_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kLeft>
 PAGEDCORE_DEVICE void cp_async_wait() {
@@ -121,6 +125,24 @@ __device__ __forceinline__ Floats2 unpack2<f16>(uint32_t pair) {
 template <>
 __device__ __forceinline__ Floats2 unpack2<bf16>(uint32_t pair) {
   return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+constexpr bool kConvertsCodes = true;
+PAGEDCORE_DEVICE void convert_codes(uint32_t codes, uint32_t& even, uint32_t& odd) {
+  asm("{.reg .b16 low, high;\n .reg .b32 sorted;\n prmt.b32 sorted, %2, 0, 0x3120;\n mov.b32 {low, high}, sorted;\n"
+      " cvt.rn.f16x2.e4m3x2 %0, low;\n cvt.rn.f16x2.e4m3x2 %1, high;}"
+      : "=r"(even), "=r"(odd)
+      : "r"(codes));
+}
+#else
+constexpr bool kConvertsCodes = false;
+PAGEDCORE_DEVICE void convert_codes(uint32_t, uint32_t&, uint32_t&) {}
+#endif
+PAGEDCORE_DEVICE uint32_t times_256(uint32_t pair) {
+  uint32_t r;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(pair), "r"(0x5c005c00u));
+  return r;
 }
 
 PAGEDCORE_DEVICE float exp2_approx(float x) {

@@ -49,10 +49,13 @@ PAGEDCORE_DEVICE SharedAddress flip_bits(SharedAddress p, int bits) {
   return reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(p) ^ static_cast<uintptr_t>(bits));
 }
 
-// 16 bytes between shared and global memory, landing at the wait; zeros where `valid` is false, and `global` is not
+// 16 bytes (or 4) from global to shared memory, landing at the wait; zeros where `valid` is false, and `global` is not
 // read.
 PAGEDCORE_DEVICE void cp_async_16(SharedAddress shared, const void* global, bool valid) {
   shim::cp_async(shared, global, 16, valid ? 16 : 0);
+}
+PAGEDCORE_DEVICE void cp_async_4(SharedAddress shared, const void* global, bool valid) {
+  shim::cp_async(shared, global, 4, valid ? 4 : 0);
 }
 PAGEDCORE_DEVICE void cp_async_commit() { shim::cp_async_commit(); }
 // Until at most kLeft of this thread's committed groups are still under way.
@@ -93,6 +96,16 @@ struct Floats2 {
 template <class T>
 PAGEDCORE_DEVICE Floats2 unpack2(uint32_t pair) {
   return {to_float(T{static_cast<uint16_t>(pair)}), to_float(T{static_cast<uint16_t>(pair >> 16)})};
+}
+
+// Whether there is an instruction for e4m3 codes, from sm_89 on; and that: codes 0 and 2 of four as a pair of f16, and
+// codes 1 and 3. The shim has none, so that it runs the kernels' own way, which sm_80 takes.
+constexpr bool kConvertsCodes = false;
+PAGEDCORE_DEVICE void convert_codes(uint32_t, uint32_t&, uint32_t&) {}
+// A pair of f16 times 2^8; exact where that is finite.
+PAGEDCORE_DEVICE uint32_t times_256(uint32_t pair) {
+  const Floats2 values = unpack2<f16>(pair);
+  return pack2<f16>(values.low * 256.0f, values.high * 256.0f);
 }
 
 // Off by two units in the last place at most, and exact at zero.
