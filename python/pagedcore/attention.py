@@ -11,6 +11,7 @@ window from the lengths.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +45,13 @@ class AttentionStep:
     max_seq_len: int | None  # None: not known, as in a recorded step
     block_table_rows: torch.Tensor | None = None  # int32 [num_seqs]: the table's row of each sequence; None: row i
     workspace: torch.Tensor | None = None  # uint8, on a device: `ops.attention_workspace_size` bytes
+    num_shared_blocks: int = 0  # that all sequences begin with and that are to be read once
     _plans: dict[int | None, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def shared_blocks(self, window: int | None) -> int:
+        """Blocks that layers with this window read once: none where it may hide a part of them."""
+        hides = window is not None and (self.max_seq_len is None or window < self.max_seq_len)
+        return 0 if hides else self.num_shared_blocks
 
     def plan(
         self, query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, window: int | None
@@ -128,7 +135,13 @@ def paged_attention_forward(
             v_scale=v_scale,
         )
         queries = query[0].transpose(0, 1)
-        out = ops.paged_attention(
+        shared = pagedcore_step.shared_blocks(sliding_window)
+        if shared:
+            attend = partial(ops.cascade_attention, num_shared_blocks=shared)
+        else:
+            plan = pagedcore_step.plan(queries, k_cache, v_cache, sliding_window)
+            attend = partial(ops.paged_attention, plan=plan, workspace=pagedcore_step.workspace)
+        out = attend(
             queries,
             k_cache,
             v_cache,
@@ -144,8 +157,6 @@ def paged_attention_forward(
             max_query_len=pagedcore_step.max_query_len,
             max_seq_len=pagedcore_step.max_seq_len,
             block_table_rows=pagedcore_step.block_table_rows,
-            plan=pagedcore_step.plan(queries, k_cache, v_cache, sliding_window),
-            workspace=pagedcore_step.workspace,
         )
         return out.unsqueeze(0), None
     if not isinstance(pagedcore_step, AttentionProbe):

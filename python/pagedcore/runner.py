@@ -10,6 +10,7 @@ from pagedcore import ops
 from pagedcore.attention import AttentionStep, LayerCache
 from pagedcore.errors import CorruptionError
 from pagedcore.graphs import CudaRecorder, DecodeGraphs
+from pagedcore.shared_prefix import shared_blocks
 from pagedcore.staging import DeviceStaging, HostStaging
 
 if TYPE_CHECKING:
@@ -63,7 +64,9 @@ class Forward:
         if staged.table_updates is not None:
             ops.update_block_table(staged.tensors.block_table, staged.table_updates)
 
-    def run(self, tensors: StepTensors, max_query_len: int, max_seq_len: int | None) -> torch.Tensor:
+    def run(
+        self, tensors: StepTensors, max_query_len: int, max_seq_len: int | None, num_shared_blocks: int = 0
+    ) -> torch.Tensor:
         """The pass itself: logits float [num_samples, vocab_size]."""
         step = AttentionStep(
             layers=self._layers,
@@ -76,6 +79,7 @@ class Forward:
             max_seq_len=max_seq_len,
             block_table_rows=tensors.rows,
             workspace=self._workspace,
+            num_shared_blocks=num_shared_blocks,
         )
         result = self._module(
             input_ids=tensors.input_ids.unsqueeze(0),
@@ -93,6 +97,7 @@ class HostRunner:
 
     def __init__(self, model: LoadedModel, kv: KVCache) -> None:
         self._forward = Forward(model, kv, workspace=None)
+        self._layout = kv.layout
         self._staging = HostStaging()
 
     def execute(self, plan: StepPlan) -> torch.Tensor:
@@ -100,7 +105,8 @@ class HostRunner:
         with torch.inference_mode():
             staged = self._staging.stage(plan)
             self._forward.prepare(staged)
-            return self._forward.run(staged.tensors, plan.max_query_len, plan.max_seq_len)
+            shared = shared_blocks(plan, self._layout)
+            return self._forward.run(staged.tensors, plan.max_query_len, plan.max_seq_len, shared)
 
     def check(self) -> None:
         """See `Runner`: the CPU's kernels look before they read."""

@@ -35,7 +35,7 @@ class Shape:
         return f"{model} batch {self.batch} shared {self.shared} own {self.own} {kind}"
 
 
-MODELS = ((9, 3, 64), (32, 8, 128))
+MODELS = ((9, 3, 64), (32, 8, 128), (32, 32, 128))
 STEPS = ((32, 2048), (32, 512), (32, 128), (8, 2048), (8, 512), (4, 2048), (2, 2048))  # batch, shared
 
 
