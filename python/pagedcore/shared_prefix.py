@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 #: Bytes of one layer's K and V that need not be read again, from which on the engine reads a prefix once. One pass for
 #: all is arithmetic on every query row, and a merge, where a pass for each waits for memory, or for a processor's cache
-#: that holds the prefix. Measured on one thread (AVX-512; 3 to 32 KV heads, float32 and bfloat16; the shapes of
-#: `python -m pagedcore.bench cascade`): slower wherever it saved less than 22 MB, within 13 % either way or slower up to
-#: 48 MB, as fast or faster from there on, and 1.2 to 6.8 times as fast where it saved 130 MB or more.
+#: that holds the prefix. Processor time of one thread (AVX-512; the shapes of `python -m pagedcore.bench cascade` and
+#: some more, float32 and bfloat16): 0.4 to 1.02 times as fast where less than 48 MB were saved, 1.03 to 6.8 times from
+#: there on, and at least 1.2 times from 130 MB on.
 LEAST_SAVED_BYTES = 64_000_000
 
 
