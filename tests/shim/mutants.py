@@ -25,7 +25,7 @@ import shim_build
 # Tests that faults are caught by.
 CUT = "test_shim_attention.py::test_decode_however_the_work_is_cut"
 LAYOUTS = "test_shim_attention.py::test_decode_layouts"
-GROUPS = "test_shim_attention.py::test_decode_groups"
+GROUPS = "test_shim_attention_tiles.py::test_groups"
 WINDOW = "test_shim_attention.py::test_decode_window"
 BLOCKS = "test_shim_attention.py::test_decode_ignores_blocks_out_of_range"
 TABLE_END = "test_shim_attention.py::test_lengths_past_the_table_read_nothing_outside_it"
