@@ -262,6 +262,59 @@ OUT_GATE = {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 3e-3}
 LSE_GATE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-3}
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a batch should give, and how far from it the best algorithm comes."""
+
+    dtype: torch.dtype  # of the output
+    out: np.ndarray
+    lse: np.ndarray
+    best: np.ndarray  # `rounding_error`
+
+    @classmethod
+    def of(cls, batch: Batch, *, whole_references: bool = False, **options: Any) -> Answer:
+        """`whole_references` as `rounding_error` has it."""
+        out, lse = batch.expected(**options)
+        dtype = batch.query.dtype
+        best = rounding_error(out, dtype, *batch.arrays, whole_references=whole_references, **options)
+        return cls(dtype, out, lse, best)
+
+    def check(self, out: torch.Tensor, lse: torch.Tensor | None = None, *, row_factor: float = 2) -> None:
+        """Compares a result with it: over the whole batch, and row by row.
+
+        No element errs by more than twice the largest error that the best algorithm makes in the batch.
+        A row is one token's output of one head. Its error stays under the gate too, or, where it is so short or its
+        values cancel so far that rounding alone exceeds the gate, under `row_factor` times what the best algorithm
+        makes of that row (and the last bit of a float32 near 1). No element errs by more than so many times that
+        algorithm's largest error in the row. Among a million rows there are some where that algorithm was lucky: a
+        sweep allows them more.
+        """
+        assert out.dtype == self.dtype
+        want, best, got = self.out, self.best, out.double().cpu().numpy()
+        assert np.isfinite(got).all()
+        gate = OUT_GATE[self.dtype]
+        norm = np.linalg.norm(want)
+        error = np.linalg.norm(got - want) / norm if norm else np.linalg.norm(got)
+        assert error < gate, f"relative error {error:.2e}"
+
+        size = np.linalg.norm(want, axis=2)
+        allowed = np.maximum(gate * size, row_factor * (np.linalg.norm(best, axis=2) + np.finfo(np.float32).eps))
+        row_error = np.linalg.norm(got - want, axis=2)
+        _refuse_where(row_error > allowed, row_error, allowed, "row")
+        peak, allowed = np.abs(got - want).max(2), row_factor * best.max(2) + 1e-5
+        _refuse_where(peak > allowed, peak, allowed, "element")
+        most = 2 * best.max(initial=0) + 1e-5
+        assert peak.max(initial=0) <= most, f"element error {peak.max():.2e}, allowed {most:.2e}"
+
+        empty = np.isneginf(self.lse)
+        assert (got[empty] == 0).all()
+        if lse is not None:
+            got_lse = lse.cpu().numpy()
+            assert (np.isneginf(got_lse) == empty).all()
+            lse_error = np.abs(got_lse[~empty] - self.lse[~empty]).max(initial=0)
+            assert lse_error < LSE_GATE[self.dtype], f"lse error {lse_error:.2e}"
+
+
 def check(
     batch: Batch,
     out: torch.Tensor,
@@ -271,40 +324,8 @@ def check(
     whole_references: bool = False,
     **options: Any,
 ) -> None:
-    """Compares a result with the oracle: over the whole batch, and row by row.
-
-    No element errs by more than twice the largest error that the best algorithm makes in the batch.
-    A row is one token's output of one head. Its error stays under the gate too, or, where it is so short or its values
-    cancel so far that rounding alone exceeds the gate, under `row_factor` times what the best algorithm makes of that
-    row (and the last bit of a float32 near 1). No element errs by more than so many times that algorithm's largest
-    error in the row. Among a million rows there are some where that algorithm was lucky: a sweep allows them more.
-    `whole_references` as `rounding_error` has it.
-    """
-    want, want_lse = batch.expected(**options)
-    got = out.double().cpu().numpy()
-    assert np.isfinite(got).all()
-    gate = OUT_GATE[out.dtype]
-    norm = np.linalg.norm(want)
-    error = np.linalg.norm(got - want) / norm if norm else np.linalg.norm(got)
-    assert error < gate, f"relative error {error:.2e}"
-
-    best = rounding_error(want, out.dtype, *batch.arrays, whole_references=whole_references, **options)
-    size = np.linalg.norm(want, axis=2)
-    allowed = np.maximum(gate * size, row_factor * (np.linalg.norm(best, axis=2) + np.finfo(np.float32).eps))
-    row_error = np.linalg.norm(got - want, axis=2)
-    _refuse_where(row_error > allowed, row_error, allowed, "row")
-    peak, allowed = np.abs(got - want).max(2), row_factor * best.max(2) + 1e-5
-    _refuse_where(peak > allowed, peak, allowed, "element")
-    most = 2 * best.max(initial=0) + 1e-5
-    assert peak.max(initial=0) <= most, f"element error {peak.max():.2e}, allowed {most:.2e}"
-
-    empty = np.isneginf(want_lse)
-    assert (got[empty] == 0).all()
-    if lse is not None:
-        got_lse = lse.cpu().numpy()
-        assert (np.isneginf(got_lse) == empty).all()
-        lse_error = np.abs(got_lse[~empty] - want_lse[~empty]).max(initial=0)
-        assert lse_error < LSE_GATE[out.dtype], f"lse error {lse_error:.2e}"
+    """One result against its `Answer`."""
+    Answer.of(batch, whole_references=whole_references, **options).check(out, lse, row_factor=row_factor)
 
 
 def _refuse_where(bad: np.ndarray, error: np.ndarray, allowed: np.ndarray, what: str) -> None:

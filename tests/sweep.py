@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pairwise import Case, Rule, completed, covering_arrays
-from reference import GARBAGE, Batch, check, make_batch
+from reference import GARBAGE, Answer, Batch, make_batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -78,6 +78,10 @@ AXES: dict[str, Sequence[Any]] = {
 OPTIONS = ("causal", "window", "softcap", "alibi_slopes", "sinks")
 HINTS = ("split_size",)  # of the op alone: the result does not depend on them
 
+# For `Answer.check`, where weights are rounded to 16 bits, instead of 2: among so many rows there are some in which the
+# best algorithm happens to be exact. With weights of float32 there are none.
+ROW_FACTOR_16_BITS = 4
+
 # Rows of 16 times tokens times KV heads, at a head size of 128: a second's work is about 255,000 under the shim.
 MOST_WORK = 100_000
 
@@ -101,14 +105,14 @@ RULES = [
 
 @dataclass(frozen=True)
 class Call:
-    """One case, made: what is passed, what the oracle is told, and which rows of the result it speaks of."""
+    """One case, made: what is passed, and what the oracle is told."""
 
     batch: Batch
     options: dict[str, Any]  # of the op and of the oracle
     hints: dict[str, Any] = field(default_factory=dict)  # of the op alone
 
-    def check(self, out: torch.Tensor, lse: torch.Tensor | None, *, whole_references: bool = False) -> None:
-        check(self.batch, out, lse, row_factor=4, whole_references=whole_references, **self.options)
+    def answer(self, *, whole_references: bool = False) -> Answer:
+        return Answer.of(self.batch, whole_references=whole_references, **self.options)
 
 
 def case_id(case: Case) -> str:

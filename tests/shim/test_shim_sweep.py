@@ -5,9 +5,7 @@ The cases run in processes, one a core, all of them from the first that is waite
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-from concurrent.futures import Future, ProcessPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,10 +13,10 @@ import sweep
 import sweep_worker
 import torch
 from pairwise import Rule
+from sweep_runs import Runs, numbered
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 AXES = {
     **sweep.AXES,
@@ -62,59 +60,27 @@ CHECKED = sweep.cases(
 )
 
 
-def numbered(cases: list[sweep.Case]) -> list[Any]:
-    return [pytest.param(i, case, id=f"{i}-{sweep.case_id(case)}") for i, case in enumerate(cases)]
-
-
-class Runs:
-    """Cases under way: all that this session will wait for, begun in that order when the first is waited for."""
-
-    def __init__(self, items: list[pytest.Item]) -> None:
-        context = multiprocessing.get_context("spawn")
-        on_gpu = os.environ.get("PAGEDCORE_TEST_SHIM") == "cuda"  # four processes share it
-        self._pool = ProcessPoolExecutor(4 if on_gpu else os.cpu_count(), context, sweep_worker.prepare)
-        self._items = items
-        self._under_way: dict[tuple[str, int], Future[None]] = {}
-
-    def wait(self, test: str, library: Path, index: int) -> None:
-        if (test, index) not in self._under_way:
-            for item in self._items:
-                if getattr(item, "originalname", None) == test:
-                    i, case = item.callspec.params["index"], item.callspec.params["case"]
-                    self._under_way[test, i] = self._pool.submit(sweep_worker.run_case, str(library), case, i)
-        self._under_way[test, index].result()
-
-    def all_pass(self, library: str, cases: list[sweep.Case]) -> None:
-        """Runs other cases, and fails with all of those that do."""
-        under_way = [self._pool.submit(sweep_worker.run_case, library, case, i) for i, case in enumerate(cases)]
-        errors = [(case, run.exception()) for case, run in zip(cases, under_way, strict=True)]
-        failed = [f"{sweep.case_id(case)}: {error}" for case, error in errors if error is not None]
-        assert not failed, f"{len(failed)} of {len(cases)} cases:\n" + "\n".join(failed)
-
-    def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest) -> Iterator[Runs]:
-    runs = Runs(request.session.items)
+    on_gpu = os.environ.get("PAGEDCORE_TEST_SHIM") == "cuda"  # four processes share it
+    runs = Runs(request, sweep_worker.run_case, sweep_worker.prepare, 4 if on_gpu else None)
     yield runs
     runs.close()
 
 
 @pytest.mark.parametrize(("index", "case"), numbered(CASES))
 def test_sweep(plain_shim: Any, runs: Runs, index: int, case: sweep.Case) -> None:
-    runs.wait("test_sweep", plain_shim.__file__, index)
+    runs.wait("test_sweep", index, plain_shim.__file__)
 
 
 @pytest.mark.parametrize(("index", "case"), numbered(CHECKED))
 def test_sweep_races(race_shim: Any, runs: Runs, index: int, case: sweep.Case) -> None:
-    runs.wait("test_sweep_races", race_shim.__file__, index)
+    runs.wait("test_sweep_races", index, race_shim.__file__)
 
 
 @pytest.mark.parametrize(("index", "case"), numbered(CHECKED))
 def test_sweep_address(address_shim: Any, runs: Runs, index: int, case: sweep.Case) -> None:
-    runs.wait("test_sweep_address", address_shim.__file__, index)
+    runs.wait("test_sweep_address", index, address_shim.__file__)
 
 
 def test_the_sweep_is_as_large_as_it_says() -> None:
@@ -132,4 +98,4 @@ def test_product(plain_shim: Any, runs: Runs, kernel: str, head_dim: int) -> Non
     axes = {**AXES, "kernel": (kernel,), "head_dim": (head_dim,)}
     cases = sweep.product(("dtype", "heads", "length", "query_len"), axes, [*RULES, _at_most(sweep.MOST_WORK, 2e7)])
     assert bool(cases) == (kernel == "generic" or head_dim in sweep.TILED_HEAD_DIMS)
-    runs.all_pass(plain_shim.__file__, cases)
+    runs.all_pass(cases, plain_shim.__file__)
