@@ -29,6 +29,8 @@ void paged_attention(const AttentionParams& params, void* plan, void* workspace,
 
 // Null if the tensor-core kernels take it; else why not, in words.
 const char* why_not_tiled(const AttentionParams& params);
+// The kernel that a call takes: generic, decode, mixed or prefill.
+const char* kernel_name(const AttentionParams& params);
 
 // One plain kernel for every dtype, head size, stride and block size, which needs no plan (attention_generic.cu): what
 // the tiled kernels do not take, and their oracle.

@@ -55,15 +55,28 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // all are known to be alike, from one full tile on.
 constexpr int64_t kPrefillRows = 512;
 
-TiledKernel kernel_for(const AttentionParams& p) {
+enum class Tiles { decode, mixed, prefill };
+
+Tiles tiles_for(const AttentionParams& p) {
   const int64_t group = p.num_heads / p.num_kv_heads;
   const int64_t max_query_len = p.max_query_len > 0 ? p.max_query_len : p.num_tokens;
   // Where each size of tile has its own kernel, a sequence may not change kernels with its company.
   const bool same_always = p.split_size >= 0 && p.head_dim > kMostMixedDim;
-  if (max_query_len * group <= kFewRows && !same_always) return decode_kernel_for(p);
+  if (max_query_len * group <= kFewRows && !same_always) return Tiles::decode;
   const bool alike = p.num_tokens == p.num_seqs * max_query_len;
   const bool prompts = alike ? max_query_len * group >= 128 : p.num_tokens * group >= p.num_seqs * kPrefillRows;
-  return prompts && p.head_dim <= kMostPrefillDim ? prefill_kernel_for(p) : mixed_kernel_for(p);
+  return prompts && p.head_dim <= kMostPrefillDim ? Tiles::prefill : Tiles::mixed;
+}
+
+TiledKernel kernel_for(const AttentionParams& p) {
+  switch (tiles_for(p)) {
+    case Tiles::decode:
+      return decode_kernel_for(p);
+    case Tiles::prefill:
+      return prefill_kernel_for(p);
+    default:
+      return mixed_kernel_for(p);
+  }
 }
 
 // What a unit costs in a launch that has both sizes: reading 64 keys at the bandwidth of an SM's share, and multiplying
@@ -157,6 +170,18 @@ AttentionMemory most_memory(const AttentionParams& p) {
     if (p.head_dim <= kMostPrefillDim) add(prefill_kernel_for(p));
   }
   return most;
+}
+
+const char* kernel_name(const AttentionParams& p) {
+  if (why_not_tiled(p) != nullptr) return "generic";
+  switch (tiles_for(p)) {
+    case Tiles::decode:
+      return "decode";
+    case Tiles::prefill:
+      return "prefill";
+    default:
+      return "mixed";
+  }
 }
 
 int64_t plan_bytes(const AttentionParams& p) {

@@ -153,15 +153,7 @@ void paged_attention(const Arguments<kPagedAttention.count>& arguments) {
   p.num_tokens = sizes[Axis::num_tokens];
   p.num_blocks = sizes[Axis::num_blocks];
   p.max_blocks = sizes[Axis::max_blocks];
-  p.num_heads = size32(q, "num_heads", sizes[Axis::num_heads]);
-  p.head_dim = size32(q, "head_dim", sizes[Axis::head_dim], 256);
-  p.num_kv_heads = size32(k, "num_kv_heads", sizes[Axis::num_kv_heads]);
-  p.block_size = size32(k, "block_size", sizes[Axis::block_size]);
-  p.v_head_dim = size32(v, "v_head_dim", sizes[Axis::v_head_dim], 256);
-  if (p.num_heads % p.num_kv_heads != 0) {
-    refuse("query", "num_heads that is a multiple of num_kv_heads = " + std::to_string(p.num_kv_heads),
-           std::to_string(p.num_heads));
-  }
+  read_heads(p, sizes, q, k, v);
   const int64_t num_seqs = sizes[Axis::num_seqs];
   if (num_seqs > INT32_MAX - 1) refuse("seq_lens", "fewer than 2^31 sequences", std::to_string(num_seqs));
   if (sizes[Axis::num_starts] != num_seqs + 1) {
@@ -324,6 +316,18 @@ py::tuple attention_memory(int device, int64_t num_tokens, int64_t num_seqs, int
 }
 
 }  // namespace
+
+void read_heads(AttentionParams& p, const Sizes& sizes, const Tensor& q, const Tensor& k, const Tensor& v) {
+  p.num_heads = size32(q, "num_heads", sizes[Axis::num_heads]);
+  p.head_dim = size32(q, "head_dim", sizes[Axis::head_dim], 256);
+  p.num_kv_heads = size32(k, "num_kv_heads", sizes[Axis::num_kv_heads]);
+  p.block_size = size32(k, "block_size", sizes[Axis::block_size]);
+  p.v_head_dim = size32(v, "v_head_dim", sizes[Axis::v_head_dim], 256);
+  if (p.num_heads % p.num_kv_heads != 0) {
+    refuse("query", "num_heads that is a multiple of num_kv_heads = " + std::to_string(p.num_kv_heads),
+           std::to_string(p.num_heads));
+  }
+}
 
 void define_attention(py::module_& m) {
   m.def("attention_memory", &attention_memory, py::arg("device"), py::arg("num_tokens"), py::arg("num_seqs"),

@@ -39,6 +39,7 @@ inline Pages pages_of(const Tensor& t) { return {t.data, t.strides[0], t.strides
 
 // What attention has beside its ops.
 void define_attention(pybind11::module_& m);
+void define_explain(pybind11::module_& m);
 
 // The value, which must be `least` or more.
 int64_t at_least(int64_t least, const char* argument, int64_t value);
@@ -49,6 +50,9 @@ int threads_of(PyObject* num_threads);
 // The two caches of a call whose rows have the dtype of `rows`: of the same dtype, or both quantised (float8_e4m3fn, or
 // uint8 with the same codes). Returns the cache's.
 DType require_caches(const Tensor& k, const Tensor& v, const Tensor& rows);
+
+// Heads, head sizes and the block size of an attention call.
+void read_heads(AttentionParams& p, const Sizes& sizes, const Tensor& query, const Tensor& k, const Tensor& v);
 
 // A tensor argument that may be absent or None. Not std::optional, which clears the room for a tensor that is not
 // there: of the many that attention takes, that cost as much as the tensors it was given.

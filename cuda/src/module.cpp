@@ -94,6 +94,7 @@ void define_kernels(py::module_& m) {
   m.def("thread_runtime", &cpu::thread_runtime);
   m.def("max_threads", &cpu::max_threads);
   define_attention(m);
+  define_explain(m);
   m.def("gpu_facts", &gpu_facts);
   m.def("warm_up", &warm_up, py::arg("device"));
   m.def("take_device_faults", &take_device_faults, py::arg("device"));

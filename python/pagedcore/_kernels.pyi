@@ -83,6 +83,9 @@ def attention_memory(
     dtype: str,
     split_size: int,
 ) -> tuple[int, int]: ...
+def explain_attention(
+    query: Any, k_cache: Any, v_cache: Any, num_seqs: int, max_query_len: int, split_size: int
+) -> tuple[str, str | None]: ...
 def merge_states(
     o_a: Any,
     lse_a: Any,

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 _Arguments = ParamSpec("_Arguments")
 
+_INT64_MAX = 2**63 - 1
+
 
 def is_compiling() -> bool:
     """Whether torch compiles this call. `pagedcore.torch` puts torch's own function in this place."""
@@ -185,6 +187,27 @@ def paged_attention(
             num_threads=num_threads,
         )
     return out if lse is None else (out, lse)
+
+
+def explain_attention(
+    query: Any,
+    k_cache: Any,
+    v_cache: Any,
+    *,
+    num_seqs: int,
+    max_query_len: int | None = None,
+    split_size: int | None = None,
+) -> str:
+    """Which kernel `paged_attention` runs for these tensors (arguments as it has them), and why it is not a faster one.
+
+    On a GPU "decode", "mixed" or "prefill", which use tensor cores, or "generic: " and what keeps them from it. On the
+    CPU "streaming" or "packed", what the longest query takes, and the instruction set. Nothing is run, and no contents
+    are read.
+    """
+    longest = max_query_len if max_query_len is not None else _INT64_MAX
+    cut = -1 if split_size is None else split_size
+    kernel, reason = _kernels.explain_attention(query, k_cache, v_cache, num_seqs, longest, cut)
+    return kernel if reason is None else f"{kernel}: {reason}"
 
 
 def merge_states(

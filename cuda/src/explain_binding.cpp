@@ -1,0 +1,51 @@
+// Which kernel attention takes for given tensors, without running it.
+#include "binding.h"
+#include "cpu.h"
+#include "isa.h"
+#include "target.h"
+
+namespace py = pybind11;
+
+namespace pagedcore {
+namespace {
+
+// (kernel, why it is not a faster one, or None). What `paged_attention` decides by: shapes, strides, alignment, and the
+// longest query; lengths play no part.
+py::tuple explain_attention(py::handle query, py::handle k_cache, py::handle v_cache, int64_t num_seqs,
+                            int64_t max_query_len, int64_t split_size) {
+  const Tensor q("query", query.ptr()), k("k_cache", k_cache.ptr()), v("v_cache", v_cache.ptr());
+  AttentionParams p{};
+  require_dtype(q, kFloats);
+  p.kv_dtype = require_caches(k, v, q);
+  p.dtype = q.dtype;
+  Sizes sizes;
+  sizes.match(q, {Axis::num_tokens, Axis::num_heads, Axis::head_dim});
+  sizes.match(k, {Axis::num_blocks, Axis::num_kv_heads, Axis::block_size, Axis::head_dim});
+  sizes.match(v, {Axis::num_blocks, Axis::num_kv_heads, Axis::block_size, Axis::v_head_dim});
+  read_heads(p, sizes, q, k, v);
+  p.num_tokens = sizes[Axis::num_tokens];
+  p.num_seqs = static_cast<int32_t>(std::min<int64_t>(at_least(0, "num_seqs", num_seqs), INT32_MAX));
+  p.max_query_len = std::min(at_least(0, "max_query_len", max_query_len), p.num_tokens);
+  p.split_size = split_size;
+  p.query = q.data;
+  p.query_token_stride = q.strides[0];
+  p.query_head_stride = q.strides[1];
+  p.k = pages_of(k);
+  p.v = pages_of(v);
+  if (require_one_device({&q, &k, &v}).cuda) {
+    if constexpr (kGpuBuilt) return py::make_tuple(gpu::kernel_name(p), gpu::why_not_tiled(p));
+  }
+  require_isa();
+  const cpu::Isa& isa = cpu::selected_isa();
+  const bool packed = p.max_query_len * (p.num_heads / p.num_kv_heads) >= isa.stream_rows;
+  return py::make_tuple(std::string(packed ? "packed " : "streaming ") + isa.name, py::none());
+}
+
+}  // namespace
+
+void define_explain(py::module_& m) {
+  m.def("explain_attention", &explain_attention, py::arg("query"), py::arg("k_cache"), py::arg("v_cache"),
+        py::arg("num_seqs"), py::arg("max_query_len"), py::arg("split_size"));
+}
+
+}  // namespace pagedcore

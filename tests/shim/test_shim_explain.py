@@ -1,0 +1,79 @@
+"""Which kernel attention takes, as `ops.explain_attention` tells it, on a GPU, which here is the host shim."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from pagedcore import ops
+from pagedcore.errors import InvalidArgumentError
+from reference import make_batch
+from test_shim_binding import make_gpu
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from gpus import ShimGpu
+
+
+@pytest.fixture
+def gpu(plain_shim: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[ShimGpu]:
+    yield from make_gpu(plain_shim, "exchange api", monkeypatch)
+
+
+def explain(gpu: ShimGpu, queries: list[int], max_query_len: int | None = None, **options: Any) -> str:
+    """For sequences of these query lengths, of 8 heads over 2, in bfloat16 unless `options` of the batch say else."""
+    split_size = options.pop("split_size", None)
+    batch = make_batch(queries, queries, **{"dtype": torch.bfloat16, "heads": (8, 2), **options})
+    tensors = (gpu.upload(t) for t in (batch.query, batch.k_cache, batch.v_cache))
+    return ops.explain_attention(*tensors, num_seqs=len(queries), max_query_len=max_query_len, split_size=split_size)
+
+
+@pytest.mark.parametrize(
+    ("queries", "max_query_len", "options", "kernel"),
+    [
+        ([1, 1, 1], 1, {}, "decode"),
+        ([4, 4], 4, {}, "decode"),  # 16 rows a KV head
+        ([5, 1], 5, {}, "mixed"),
+        ([32, 32], 32, {}, "prefill"),  # all alike, of 128 rows
+        ([32, 1], 32, {}, "mixed"),
+        ([300, 1], 300, {}, "prefill"),  # 602 rows a sequence on the average
+        ([300, 1], 300, {"head_dim": 192}, "mixed"),
+        ([1, 1, 1], 1, {"head_dim": 256}, "decode"),
+        ([1, 1, 1], 1, {"head_dim": 256, "split_size": 64}, "mixed"),
+        ([20], None, {}, "mixed"),  # taken for one query of all 20 tokens
+    ],
+)
+def test_kernels(
+    gpu: ShimGpu, queries: list[int], max_query_len: int | None, options: dict[str, Any], kernel: str
+) -> None:
+    assert explain(gpu, queries, max_query_len, **options) == kernel
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"dtype": torch.float32}, "the dtype is not float16 or bfloat16"),
+        ({"head_dim": 72}, "the head size is not 64, 80, 96, 112, 128, 192 or 256"),
+        ({"v_head_dim": 80}, "K and V have different head sizes"),
+    ],
+)
+def test_reasons(gpu: ShimGpu, options: dict[str, Any], reason: str) -> None:
+    assert explain(gpu, [1, 1], 1, **options) == f"generic: {reason}"
+
+
+def test_misaligned_rows(gpu: ShimGpu) -> None:
+    batch = make_batch([1], [1], dtype=torch.bfloat16)
+    moved = torch.empty(batch.query.numel() + 1, dtype=torch.bfloat16)[1:].view(batch.query.shape)
+    tensors = (gpu.upload(t) for t in (moved, batch.k_cache, batch.v_cache))
+    assert ops.explain_attention(*tensors, num_seqs=1) == "generic: rows of query do not start on 16 bytes"
+
+
+def test_bad_input(gpu: ShimGpu) -> None:
+    batch = make_batch([3], [3], dtype=torch.bfloat16)
+    query, k_cache, v_cache = (gpu.upload(t) for t in (batch.query, batch.k_cache, batch.v_cache))
+    with pytest.raises(InvalidArgumentError, match="num_seqs"):
+        ops.explain_attention(query, k_cache, v_cache, num_seqs=-1)
+    with pytest.raises(InvalidArgumentError, match="v_cache"):
+        ops.explain_attention(query, k_cache, batch.v_cache, num_seqs=1)
