@@ -57,12 +57,17 @@ constexpr int64_t kPrefillRows = 512;
 
 enum class Tiles { decode, mixed, prefill };
 
+// Query tokens of a sequence at most.
+int64_t longest_query(const AttentionParams& p) { return p.max_query_len > 0 ? p.max_query_len : p.num_tokens; }
+
+// With a split_size a sequence has the same bits in any company. Tiles of 64 and of 128 rows give a row the same, tiles
+// of 16 do not: a sequence of few rows has these in every launch that it may be in, or in none.
 Tiles tiles_for(const AttentionParams& p) {
   const int64_t group = p.num_heads / p.num_kv_heads;
-  const int64_t max_query_len = p.max_query_len > 0 ? p.max_query_len : p.num_tokens;
-  // Where each size of tile has its own kernel, a sequence may not change kernels with its company.
-  const bool same_always = p.split_size >= 0 && p.head_dim > kMostMixedDim;
-  if (max_query_len * group <= kFewRows && !same_always) return Tiles::decode;
+  const int64_t max_query_len = longest_query(p);
+  const bool same_always = p.split_size >= 0 && group <= kFewRows;
+  if (max_query_len * group <= kFewRows && !(same_always && p.head_dim > kMostMixedDim)) return Tiles::decode;
+  if (same_always) return Tiles::mixed;
   const bool alike = p.num_tokens == p.num_seqs * max_query_len;
   const bool prompts = alike ? max_query_len * group >= 128 : p.num_tokens * group >= p.num_seqs * kPrefillRows;
   return prompts && p.head_dim <= kMostPrefillDim ? Tiles::prefill : Tiles::mixed;
@@ -164,7 +169,7 @@ AttentionMemory most_memory(const AttentionParams& p) {
     most.workspace = layout.workspace_bytes > most.workspace ? layout.workspace_bytes : most.workspace;
   };
   add(decode_kernel_for(p));
-  if (p.max_query_len * (p.num_heads / p.num_kv_heads) > kFewRows || p.split_size >= 0) {
+  if (longest_query(p) * (p.num_heads / p.num_kv_heads) > kFewRows || p.split_size >= 0) {
     // Which of them a call takes depends on how many sequences share its tokens.
     add(mixed_kernel_for(p));
     if (p.head_dim <= kMostPrefillDim) add(prefill_kernel_for(p));

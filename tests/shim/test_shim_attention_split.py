@@ -28,10 +28,13 @@ def of_sequence(batch: Batch, seq: int) -> Batch:
     )
 
 
+# Lengths, query lengths, and heads: with 17 to a KV head tiles of 128 are taken, also by some sequences alone.
 BATCHES = {
-    "decode": ([300, 3, 0, 200], [1, 2, 1, 1]),
-    "mixed": ([200, 150, 9], [1, 20, 1]),
-    "prompts": ([130, 200], [70, 70]),
+    "decode": ([300, 3, 0, 200], [1, 2, 1, 1], (4, 2)),
+    "mixed": ([200, 150, 9], [1, 20, 1], (4, 2)),
+    "prompts": ([130, 200], [70, 70], (4, 2)),
+    "prompts of many heads": ([130, 200], [20, 20], (17, 1)),
+    "many heads": ([200, 150, 9], [1, 20, 1], (17, 1)),
 }
 
 
@@ -42,7 +45,8 @@ def test_a_sequence_is_the_same_in_any_company(
     plain_shim: Any, split_size: int, batch: str, window: int | None
 ) -> None:
     """And on any number of multiprocessors, by whichever kernel the batch takes: bit for bit."""
-    everybody = make_batch(*BATCHES[batch], dtype=torch.bfloat16, heads=(4, 2), window=window)
+    lengths, queries, heads = BATCHES[batch]
+    everybody = make_batch(lengths, queries, dtype=torch.bfloat16, heads=heads, window=window)
     options: dict[str, Any] = {"window": window}
     out, lse = attend(plain_shim, everybody, "tiled", grid=5, split_size=split_size, **options)
     check_tiled(everybody, out, lse, **options)
@@ -55,11 +59,21 @@ def test_a_sequence_is_the_same_in_any_company(
             assert torch.equal(one_lse, lse[start:stop])
 
 
+@pytest.mark.parametrize("split_size", [0, 128])
+def test_a_sequence_that_decodes_is_the_same_beside_prompts(plain_shim: Any, split_size: int) -> None:
+    """They have so many rows on the average that tiles of 128 would be taken for all."""
+    batch = make_batch([65, 300, 130], [65, 1, 130], dtype=torch.bfloat16, heads=(16, 1))
+    out, lse = attend(plain_shim, batch, "tiled", split_size=split_size)
+    check_tiled(batch, out, lse)
+    alone = attend(plain_shim, of_sequence(batch, 1), "tiled", split_size=split_size)
+    assert all(torch.equal(one, other[65:66]) for one, other in zip(alone, (out, lse), strict=True))
+
+
 @pytest.mark.parametrize("split_size", [0, 64])
 def test_fixed_cuts_without_races(race_shim: Any, split_size: int) -> None:
     """On few multiprocessors there are more pieces than wait for others: items are folded in one block, and in many."""
-    for name, (lengths, queries) in BATCHES.items():
-        batch = make_batch(lengths, queries, dtype=torch.float16, heads=(2, 1))
+    for name, (lengths, queries, heads) in BATCHES.items():
+        batch = make_batch(lengths, queries, dtype=torch.float16, heads=heads if heads[1] == 1 else (2, 1))
         first, *others = (
             attend(race_shim, batch, "tiled", grid=grid, split_size=split_size, launches=2) for grid in (1, 2, 9)
         )

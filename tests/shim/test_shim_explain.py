@@ -39,6 +39,9 @@ def explain(gpu: ShimGpu, queries: list[int], max_query_len: int | None = None, 
         ([32, 32], 32, {}, "prefill"),  # all alike, of 128 rows
         ([32, 1], 32, {}, "mixed"),
         ([300, 1], 300, {}, "prefill"),  # 602 rows a sequence on the average
+        ([300, 1], 300, {"split_size": 0}, "mixed"),  # one that decodes has the tiles that it has alone
+        ([32, 32], 32, {"split_size": 0}, "mixed"),  # as a replay with other query starts may have one
+        ([300, 1], 300, {"split_size": 0, "heads": (17, 1)}, "prefill"),  # none has few rows
         ([300, 1], 300, {"head_dim": 192}, "mixed"),
         ([1, 1, 1], 1, {"head_dim": 256}, "decode"),
         ([1, 1, 1], 1, {"head_dim": 256, "split_size": 64}, "mixed"),
