@@ -121,7 +121,8 @@ PAGEDCORE_DEVICE void merge_if_last(const PlannedAttention& params, const PlanHe
 // Tokens after the last sequence's, which are nobody's, see nothing.
 template <class Policy>
 PAGEDCORE_DEVICE void clear_padding(const AttentionParams& p) {
-  const int64_t first = p.query_start_loc[p.num_seqs];
+  const int64_t end = p.query_start_loc[p.num_seqs];
+  const int64_t first = end > 0 ? end : 0;  // no host has read it
   const int64_t rows = (p.num_tokens - first) * p.num_heads;
   for (int64_t i = device::block_x(); i < rows; i += device::grid_x()) {
     const int64_t token = first + i / p.num_heads, head = i % p.num_heads;

@@ -48,10 +48,6 @@ PAGEDCORE_DEVICE Share share_of(int count) {
   return {first, count - first < each ? count : first + each};
 }
 
-PAGEDCORE_DEVICE int query_len_of(const AttentionParams& p, int seq) {
-  return p.query_start_loc[seq + 1] - p.query_start_loc[seq];
-}
-
 // The last i of [0, count) with value(i) <= x; value(0) is.
 template <class Value>
 PAGEDCORE_DEVICE int last_not_above(int count, int64_t x, const Value& value) {

@@ -41,11 +41,10 @@ struct BlockWork {
     more = 0;
     while (place < limit && more == 0) {
       const TileItem tile = plan.items[item];
-      const int query_len = p.query_start_loc[tile.seq + 1] - p.query_start_loc[tile.seq];
       Span s;
       s.seq = tile.seq;
       s.tile = tile.tile;
-      s.work = tile_work(p, plan, p.seq_lens[tile.seq], query_len, tile.tile);
+      s.work = tile_work(p, plan, p.seq_lens[tile.seq], query_len_of(p, tile.seq), tile.tile);
       const int64_t length = int64_t{s.work.units} * s.work.weight;
       s.kv_head = static_cast<int>((place - tile.begin) / length);
       s.item_begin = tile.begin + s.kv_head * length;

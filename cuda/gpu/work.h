@@ -79,6 +79,13 @@ struct PlannedAttention {
   WorkPlan plan;
 };
 
+// Query tokens of a sequence. No host has read the starts: one that decreases makes none, and no sequence has more than
+// there are.
+PAGEDCORE_FN int query_len_of(const AttentionParams& p, int seq) {
+  const int64_t len = int64_t{p.query_start_loc[seq + 1]} - p.query_start_loc[seq];
+  return static_cast<int>(len < 0 ? 0 : len < p.num_tokens ? len : p.num_tokens);
+}
+
 // Rows of a sequence and KV head are packed: row r is query r / group of head kv_head * group + r % group.
 PAGEDCORE_FN int rows_of_query(const AttentionParams& p, int query_len) {
   return query_len <= 0 ? 0 : query_len * (p.num_heads / p.num_kv_heads);

@@ -108,7 +108,7 @@ def test_tokens_of_no_sequence_are_zero(shim: Any, kernel: str) -> None:
     padded = make_batch([40, 3], [2, 1], dtype=torch.bfloat16)
     padded.query = torch.cat([batch.query, torch.full((3, *batch.query.shape[1:]), float("nan"), dtype=torch.bfloat16)])
     out, lse = attend(shim, padded, kernel)
-    check_tiled(batch, out[:3], lse[:3])
+    check(batch, out[:3], lse[:3], whole_references=kernel == "tiled")
     assert (out[3:] == 0).all()
     assert lse[3:].isneginf().all()
 
@@ -146,7 +146,17 @@ def test_lengths_past_the_table_read_nothing_outside_it(plain_shim: Any, kernel:
     batch.seq_lens[0] = 1000
     out, lse = attend(plain_shim, batch, kernel)
     batch.seq_lens[0] = 32
-    check_tiled(batch, out, lse)
+    check(batch, out, lse, whole_references=kernel == "tiled")
+
+
+@pytest.mark.shim_only
+@KERNELS
+@pytest.mark.parametrize("starts", [[0, 2, -5], [-3, 2, 4], [0, 3, 1], [0, 600_000_000, 600_000_004], [0, 2, 1000]])
+def test_query_starts_out_of_range_write_nothing_outside(plain_shim: Any, kernel: str, starts: list[int]) -> None:
+    """Starts that no host has read: below 0, decreasing, and with more rows than an int32 counts."""
+    batch = make_batch([40, 40], [2, 2], dtype=torch.bfloat16, heads=(4, 1))
+    batch.query_start_loc = torch.tensor(starts, dtype=torch.int32)
+    attend(plain_shim, batch, kernel, max_query_len=2)  # an access to anything else is an error
 
 
 @KERNELS
@@ -160,7 +170,7 @@ def test_table_rows(plain_shim: Any, kernel: str) -> None:
     out, lse = attend(plain_shim, batch, kernel, block_table_rows=rows)
     wrong, _ = attend(plain_shim, batch, kernel, block_table_rows=torch.tensor([5, -1], dtype=torch.int32))
     batch.block_table = narrow
-    check_tiled(batch, out, lse)
+    check(batch, out, lse, whole_references=kernel == "tiled")
     assert (wrong == 0).all()
 
 
