@@ -5,9 +5,8 @@
 // where 16-bit elements would give it two pairs:
 //
 //   * Q K^T adds over the columns in any order: Q's are held in the order that K's come in;
-//   * V's are read through ldmatrix.trans as pairs of bytes, and an mma has the even columns of 16, or the odd ones.
-//   Its
-//     output is put back in order where it leaves the registers (CodesState::column).
+//   * V's are read through ldmatrix.trans as pairs of bytes, and an mma has the even columns of 16, or the odd ones;
+//     the output is put back in order where it leaves the registers (CodesState::column).
 //
 // Scales are the keys'. K's multiply columns of the scores. V's enter the weights, which f16 would often not hold then:
 // the output has a reference of its own, and weights are relative to that.
@@ -174,7 +173,7 @@ PAGEDCORE_DEVICE void rescale_output(const float (&most)[2], CodesState<kDim>& s
   }
 }
 
-// Scales of V below 2^-kMostLift lose bits.
+// V's whose scales are below 2^-kMostLift come out too small.
 constexpr float kMostLift = 100.0f;
 constexpr float kLeastNormalHalf = 6.103515625e-5f;  // 2^-14
 

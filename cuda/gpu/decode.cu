@@ -1,11 +1,12 @@
 // Decode attention over paged KV on tensor cores: softmax(scale * Q K^T + mask) V for a few query tokens a sequence.
 //
 // Cut: a fixed grid of blocks shares all work evenly (work.h); each item is a tile of 16 rows (few_rows.h).
-// Bytes: 4 * head_dim a key and KV head; nothing is read twice but page ids and the query.
+// Bytes: 4 * head_dim a key and KV head, of codes 2 * head_dim; nothing is read twice but page ids and the query.
 // Shared memory: 96 KiB and a little at head size 128, so two blocks an SM on sm_90.
 //
 // Chosen when no sequence has more than 16 rows a KV head, the dtype is f16 or bf16, K and V have one head size of 64,
-// 80, 96, 112, 128, 192 or 256, and every row of Q, K and V starts on 16 bytes.
+// 80, 96, 112, 128, 192 or 256 (of codes 64 or 128), and every row of Q, K and V starts on 16 bytes. At head size 256
+// mixed.cu takes what has a split_size.
 #include "attend.h"
 #include "few_rows.h"
 
