@@ -268,12 +268,19 @@ def test_no_scales_are_ones(plain_shim: Any) -> None:
         assert torch.equal(one, other)
 
 
-def test_a_plan_made_without_the_cache_serves_codes(plain_shim: Any) -> None:
-    """Its size is that of a plan for elements."""
-    for make in (decode_batch, mixed_batch, prompts_batch):
-        quantized = Quantized(make(), "token")
-        with Device(plain_shim) as device:
-            plain = Attention(device, quantized.batch).fields
-            codes = {**plain, **Attention(device, quantized.of_codes).fields}
-            for size in (plain_shim.plan_bytes, plain_shim.workspace_bytes):
-                assert size(plain) == size(codes) > 0
+@pytest.mark.shim_only
+@BATCHES
+def test_a_plan_made_without_the_cache_serves_codes(plain_shim: Any, make: Any) -> None:
+    """One that was made for elements, of that size."""
+    quantized = Quantized(make(), "token")
+    k_scale, v_scale = quantized.scales
+    plain_shim.set_multiprocessors(7)
+    with Device(plain_shim) as device:
+        elements = Attention(device, quantized.batch).fields
+        codes = Attention(device, quantized.of_codes, k_scale=k_scale, v_scale=v_scale)
+        sizes = [size(elements) for size in (plain_shim.plan_bytes, plain_shim.workspace_bytes)]
+        assert sizes == [size(codes.fields) for size in (plain_shim.plan_bytes, plain_shim.workspace_bytes)]
+        plan, workspace = map(device.allocate, sizes)
+        plain_shim.paged_attention(elements, plan, workspace)
+        plain_shim.paged_attention(codes.fields, plan, workspace, planned=True)
+        check_tiled(quantized.exact, *codes.result(), row_factor=4)

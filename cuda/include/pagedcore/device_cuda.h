@@ -151,7 +151,6 @@ PAGEDCORE_DEVICE float exp2_approx(float x) {
   return r;
 }
 PAGEDCORE_DEVICE float divide_approx(float a, float b) { return __fdividef(a, b); }
-PAGEDCORE_DEVICE int bit_count(uint32_t x) { return __popc(x); }
 PAGEDCORE_DEVICE float max_of(float a, float b) { return fmaxf(a, b); }
 // By exp2 and a division, and near 0 by a polynomial: within 1 ulp, where tanh.approx errs by 2^-11.
 PAGEDCORE_DEVICE float tanh_of(float x) { return tanhf(x); }

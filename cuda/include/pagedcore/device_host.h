@@ -114,7 +114,6 @@ PAGEDCORE_DEVICE float exp2_approx(float x) { return x == 0.0f ? 1.0f : shim::ap
 PAGEDCORE_DEVICE float divide_approx(float a, float b) {
   return b > 0x1p126f || b < -0x1p126f ? 0.0f : shim::approximate(a / b, 2);
 }
-PAGEDCORE_DEVICE int bit_count(uint32_t x) { return __builtin_popcount(x); }
 PAGEDCORE_DEVICE float max_of(float a, float b) { return ::fmaxf(a, b); }
 PAGEDCORE_DEVICE float tanh_of(float x) { return shim::approximate(::tanhf(x), 1); }
 
