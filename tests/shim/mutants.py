@@ -45,6 +45,8 @@ CODES_NAN = "test_shim_attention_codes.py::test_nan_codes_show"
 CODES_GROWING = "test_shim_attention_codes.py::test_scores_and_values_that_grow"
 CODES_UNSEEN = "test_shim_attention_codes.py::test_what_nobody_sees_changes_nothing"
 CODES_QUERIES = "test_shim_attention_codes.py::test_queries_beyond_f16"
+BESIDE = "test_shim_attention_split.py::test_a_sequence_that_decodes_is_the_same_beside_prompts"
+STARTS = "test_shim_attention.py::test_query_starts_out_of_range_write_nothing_outside"
 SMALL = "test_shim_attention_split.py::test_the_planner_cuts_no_small_pieces"
 WRITE = "test_shim_cache.py::test_reshape_and_cache"
 MOVE = "test_shim_cache.py::test_copy_and_zero"
@@ -276,6 +278,15 @@ MUTANTS = [
         "const uint32_t bounded = exponent < 16 ? 16 : 142;",
         CODES_QUERIES,
     ),
+    Mutant(
+        "large tiles for a sequence that decodes",
+        "paged_attention.cu",
+        "if (same_always) return Tiles::mixed;",
+        "",
+        BESIDE,
+    ),
+    Mutant("more query tokens than there are", "work.h", "len < p.num_tokens ? len : p.num_tokens", "len", STARTS),
+    Mutant("padding before the first token", "finish.h", "end > 0 ? end : 0", "end", STARTS),
     Mutant("planner's cut without a record", "work.h", "int64_t{plan.grain} * weight : 1", "1 : 1", SMALL),
 ]
 
