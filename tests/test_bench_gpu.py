@@ -405,6 +405,55 @@ def test_a_wrong_result_of_ours_fails_the_run(
     assert "WRONG: decode llama-3-8b 3 x 50: pagedcore: differs from the oracle by 1.0e-02 in layer 0" in printed
 
 
+def test_whoever_broke_the_device_is_named_and_its_part_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A comparison runs inside of a case, or of a part: the blame stays where the comparison put it."""
+    broken: list[bool] = []
+
+    class Dead(Machine):
+        def settle(self) -> None:
+            if broken:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def breaks(batch: Batch, split_size: int | None = None) -> Callable[[int], Any]:
+        broken.append(True)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def document(part: Callable[[attention_gpu.Suite], None], peers: tuple[Peer, ...]) -> dict[str, Any]:
+        broken.clear()
+        run = suite(peers, monkeypatch, json_path=tmp_path / "results.json")
+        run.bench.machine = run.machine = Dead(CPU, HostClock(), 1 << 30, 1 << 10)
+        run.session.done.append("cache ops")
+        with pytest.raises(ContextBroken):
+            part(run)
+        return json.loads((tmp_path / "results.json").read_text())
+
+    of_peer = document(attention_gpu.Suite.beside_peers, (Peer("bad", ("decode",), paged=True, make=breaks),))
+    assert (of_peer["broken"], of_peer["failures"]) == ("bad", [])
+    assert of_peer["done"] == ["cache ops", "decode llama-3-8b 3 x 50"]
+    monkeypatch.setattr(attention_gpu, "ours", breaks)
+    of_ours = document(attention_gpu.Suite.alone, ())
+    assert of_ours["broken"] == "fp8/tensor"
+    assert of_ours["done"][-1] == "fp8"
+    (failure,) = of_ours["failures"]
+    assert failure.startswith("fp8 decode llama-3-8b 2 x 40: fp8/tensor: RuntimeError: CUDA error")
+
+
+def test_what_moves_nothing_is_timed_over_many_calls() -> None:
+    """A plan has no bytes to estimate by: a sample of one launch would be mostly what the launch of a graph costs."""
+    estimates: list[float] = []
+
+    class Noting(HostClock):
+        def sample(self, call: Callable[[int], object], buffers: int, estimate: float) -> timing.Sample:
+            estimates.append(estimate)
+            return super().sample(call, buffers, estimate)
+
+    run = Bench(session(), Machine(CPU, Noting(), 1 << 30, 1 << 10))
+    run.compare("case", {"plan": Contender(naps(0), 0, own=True)}, "us", {})
+    assert timing.calls_of_sample(1, estimates[0]) >= 100
+
+
 def test_nan_is_not_right() -> None:
     batch = Batch(decode(MQA, 1, 20), CPU)
     with pytest.raises(CannotRun, match="differs from the oracle by nan"):

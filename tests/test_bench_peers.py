@@ -14,10 +14,9 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from pagedcore.bench import peers
-from pagedcore.bench.attention_gpu import PEER_GATE
 from pagedcore.bench.batch import Batch, relative_error
 from pagedcore.bench.cases import BLOCK_SIZE, LLAMA_8B, LLAMA_70B, MHA, MQA, Case, decode
-from pagedcore.bench.peers import PEERS, CannotRun, Peer
+from pagedcore.bench.peers import PEER_GATE, PEERS, CannotRun, Peer
 
 CPU = torch.device("cpu")
 DECODE = [decode(LLAMA_8B, 3, 50), decode(MQA, 2, 16), decode(MHA, 1, 33)]

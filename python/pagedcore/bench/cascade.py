@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from pagedcore import ops
+from pagedcore.bench.batch import relative_error
+from pagedcore.bench.cases import BLOCK_SIZE
 from pagedcore.bench.harness import Result, Session, interleave
 
 SUITE = "cascade"
-BLOCK_SIZE = 16
 GATES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}  # relative to the other, which rounds too
 
 
@@ -80,7 +81,7 @@ def _decode(session: Session, shape: Shape, dtype: torch.dtype) -> None:
 
     cascade()
     plain()
-    error = float((outs[0].float() - outs[1].float()).norm() / outs[1].float().norm())
+    error = relative_error(outs[0], outs[1])
     if not error < GATES[dtype]:
         raise RuntimeError(f"{case}: cascade differs by {error:.2e}: nothing is timed before it is right")
     times = interleave({"cascade": cascade, "plain": plain}, seconds=0.3 if session.quick else 0.6)

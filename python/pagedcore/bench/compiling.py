@@ -23,7 +23,7 @@ import torch
 
 from pagedcore.bench.batch import Batch, relative_error
 from pagedcore.bench.cases import ALL_HEADS, decode
-from pagedcore.bench.peers import PEERS, CannotRun, Peer, brief
+from pagedcore.bench.peers import PEER_GATE, PEERS, CannotRun, Peer, brief
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -50,9 +50,6 @@ def all_jobs(peers: Iterable[Peer] = PEERS) -> list[Job]:
                 Job(peer.job, part) for part in ([(n,) for n in names] if peer.job_per_heads else [names])
             )
     return list(jobs)
-
-
-_ERROR = 1e-2
 
 
 class Background:
@@ -138,7 +135,7 @@ def call_once(job: str, peers: Iterable[Peer], case: Case, device: torch.device)
             return str(reason)
         except Exception as failure:  # noqa: BLE001  # another library's
             return brief(failure)
-        if not error < _ERROR:
+        if not error < PEER_GATE:
             return f"differs from the oracle by {error:.1e}"
     return None
 

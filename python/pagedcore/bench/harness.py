@@ -203,7 +203,8 @@ class Session:
 
     def finish(self, case: str) -> None:
         """A case is through: what was found until now is on disk, whatever happens next."""
-        self.done.append(case)
+        if case not in self.done:
+            self.done.append(case)
         self.write_json()
 
     def resume(self, path: Path) -> None:

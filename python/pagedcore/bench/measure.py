@@ -23,6 +23,7 @@ SUITE = "attention"
 COPY, PRODUCT = "copy", "product"
 _UNITS = {"GB/s": (1e9, COPY), "TFLOP/s": (1e12, PRODUCT)}  # units of a rate in bytes or operations, and its yardstick
 _LEAST_SECONDS = 5.0  # that must be left for a case to be begun
+_LEAST_CALL = 1e-6  # seconds that a launch takes, however little it does
 _PEERS = ("flashinfer-python", "fa3-fwd", "triton")
 
 
@@ -125,6 +126,9 @@ class Bench:
             result = work()
             if self.machine.on_gpu:
                 torch.cuda.synchronize()  # what went wrong on the device is raised here
+        except ContextBroken:  # a comparison within has told whose fault it is
+            self.session.finish(case)
+            raise
         except CannotRun as reason:
             (self.session.fail if own else self.session.skip)(case, metric, str(reason))
         except (torch.OutOfMemoryError, MemoryError):
@@ -170,7 +174,8 @@ class Bench:
 
     def _sample(self, contender: Contender, unit: str) -> Sample:
         rate = self.machine.product_rate if unit == "TFLOP/s" else self.machine.copy_rate
-        return self.machine.clock.sample(contender.prepare(), contender.buffers, contender.work / rate)
+        estimate = max(contender.work / rate, _LEAST_CALL)
+        return self.machine.clock.sample(contender.prepare(), contender.buffers, estimate)
 
     def add(
         self,

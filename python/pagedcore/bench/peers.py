@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     Call = Callable[[int], torch.Tensor]
 
+#: ‖out − oracle‖ / ‖oracle‖ of others, which may round once more than ours.
+PEER_GATE = 1e-2
 _WORKSPACE_BYTES = 256 << 20
 #: flex_attention's blocks, which its pages must be: ours of 16 tokens are too small for its tiles.
 FLEX_PAGE = 128
