@@ -143,7 +143,11 @@ def test_numpy() -> None:
     assert np.array_equal(out, want[0].numpy())
     assert np.array_equal(lse, want[1].numpy())
     views = [memoryview(a) for a in arrays]
-    assert np.array_equal(ops.cascade_attention(*views, num_shared_blocks=SHARED), out)
+    memory = memoryview(np.empty(1 << 16, np.uint8))
+    own = ops.cascade_attention(*views, num_shared_blocks=np.int64(SHARED), workspace=memory)
+    assert np.array_equal(own, out)
+    with pytest.raises(InvalidArgumentError, match=r"^workspace: expected an array, as query is, got Tensor"):
+        ops.cascade_attention(*arrays, num_shared_blocks=SHARED, workspace=BYTES)
 
 
 def change(batch: Batch, name: str, at: int | tuple[int, int], value: int) -> Batch:
@@ -151,6 +155,8 @@ def change(batch: Batch, name: str, at: int | tuple[int, int], value: int) -> Ba
     tensor[at] = value
     return replace(batch, **{name: tensor})
 
+
+BYTES = torch.zeros(1 << 16, dtype=torch.uint8)
 
 REFUSED = [
     (lambda b: change(b, "seq_lens", 2, 48), {}, r"^seq_lens\[2\]: expected 48 tokens or more before .* got 47"),
@@ -168,6 +174,15 @@ REFUSED = [
     (lambda b: replace(b, query=b.query[0]), {}, r"^query: expected shape"),
     (lambda b: b, {"workspace": torch.empty(99, dtype=torch.uint8)}, r"^workspace: expected \d+ bytes or more, got 99"),
     (lambda b: b, {"workspace": torch.empty(99)}, r"^workspace: expected dtype uint8, got float32"),
+    (lambda b: b, {"workspace": BYTES[1:]}, r"^workspace: expected memory that begins on 16 bytes, got address 0x"),
+    (lambda b: b, {"workspace": BYTES[::2]}, r"^workspace: expected bytes one after another, got stride 2"),
+    (lambda b: b, {"workspace": BYTES.numpy()}, r"^workspace: expected a torch tensor, as query is, got ndarray"),
+    (lambda b: b, {"workspace": BYTES.to("meta")}, r"^device: expected 'cpu', 'cuda' or 'cuda:N', got .*meta"),
+    (lambda b: replace(b, seq_lens=b.seq_lens.long()), {}, r"^seq_lens: expected dtype int32, got int64"),
+    (lambda b: replace(b, seq_lens=b.seq_lens.float()), {}, r"^seq_lens: expected dtype int32, got float32"),
+    (lambda b: replace(b, block_table=b.block_table.long()), {}, r"^block_table: expected dtype int32, got int64"),
+    (lambda b: b, {"block_table_rows": torch.arange(6.0)}, r"^block_table_rows: expected dtype int32, got float32"),
+    (lambda b: b, {"num_shared_blocks": 2.0}, r"^num_shared_blocks: expected an int, got 2.0"),
     (lambda b: b, {"sinks": torch.zeros(3)}, r"^sinks: expected num_heads = 4"),
 ]
 

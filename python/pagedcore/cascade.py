@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import sys
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -59,8 +60,9 @@ def cascade_attention(
     The two passes round their outputs to the query's dtype before they are merged: one rounding more than
     `paged_attention` has.
 
-    workspace: uint8 ``[cascade_workspace_size(...)]`` of one's own, in which all that lies between the passes is kept;
-    with it, `out`, and `lse` if one is wanted, nothing is allocated. It belongs to one stream.
+    workspace: uint8 ``[cascade_workspace_size(...)]`` of one's own, of the query's library and device, that begins on
+    16 bytes. All that lies between the passes is kept in it: with it, `out`, and `lse` if one is wanted, nothing is
+    allocated. It belongs to one stream.
 
     Raises UnsupportedError for a window (unless it is no shorter than max_seq_len), ALiBi and a split_size: a bias and
     a window would need positions that the shared pass does not have, and results do depend on who shares.
@@ -144,6 +146,7 @@ def attend_in_parts(
     from pagedcore import ops
 
     block_table, block_table_rows = sliceable(block_table), sliceable(block_table_rows)
+    num_shared_blocks = _whole("num_shared_blocks", num_shared_blocks)
     num_tokens, num_heads, head_dim = require_axes("query", query, "num_tokens", "num_heads", "head_dim")
     num_kv_heads, block_size = require_axes("k_cache", k_cache, "num_blocks", "num_kv_heads", "block_size", "dim")[1:3]
     v_head_dim = require_axes("v_cache", v_cache, "num_blocks", "num_kv_heads", "block_size", "v_head_dim")[3]
@@ -175,7 +178,8 @@ def attend_in_parts(
     if workspace is None:
         workspace = new_bytes(query, places["end"])
     else:
-        _require_bytes(workspace, places["end"])
+        workspace = sliceable(workspace)
+        _require_bytes(workspace, places["end"], beside=query)
 
     def part(name: str, dtype: Any, *shape: int) -> Any:
         return carve(workspace, places[name], shape, dtype)
@@ -286,16 +290,19 @@ class _Call:
             )
         if num_starts != num_seqs + 1:
             _refuse("query_start_loc", f"{num_seqs + 1} entries, one more than seq_lens has", num_starts)
-        if isinstance(num_shared_blocks, bool) or not isinstance(num_shared_blocks, int):
-            _refuse("num_shared_blocks", "an int", repr(num_shared_blocks))
+        index = {"block_table": block_table, "seq_lens": seq_lens, "query_start_loc": query_start_loc}
+        if block_table_rows is not None:
+            index["block_table_rows"] = block_table_rows
+        for name, tensor in index.items():
+            if (dtype := _name_of_dtype(tensor)) != "int32":
+                _refuse(name, "dtype int32", dtype)
         if not 0 <= num_shared_blocks < max(max_blocks, 1):
             _refuse("num_shared_blocks", f"0 or more, and fewer than the {max_blocks} columns", num_shared_blocks)
         if num_shared_blocks == 0 or num_seqs == 0:
             return cls(num_seqs, None)
-        index = (block_table, seq_lens, query_start_loc, *(() if block_table_rows is None else (block_table_rows,)))
-        if any(device_of(tensor) >= 0 for tensor in index):
+        if any(device_of(tensor) >= 0 for tensor in index.values()):
             return cls(num_seqs, 0)
-        table, lens, starts, *rows = (np.asarray(tensor) for tensor in index)
+        table, lens, starts, *rows = (np.asarray(tensor) for tensor in index.values())
         live = np.flatnonzero(lens)
         if not live.size:
             return cls(num_seqs, None)
@@ -357,16 +364,50 @@ def _places(
     return places
 
 
-def _require_bytes(workspace: Any, size: int) -> None:
+def _require_bytes(workspace: Any, size: int, *, beside: Any) -> None:
     (got,) = require_axes("workspace", workspace, "bytes")
-    if (dtype := str(_dtype_of(workspace)).removeprefix("torch.")) != "uint8":
+    if (dtype := _name_of_dtype(workspace)) != "uint8":
         _refuse("workspace", "dtype uint8", dtype)
     if got < size:
         _refuse("workspace", f"{size} bytes or more", got)
+    of_torch = hasattr(beside, "data_ptr")
+    if hasattr(workspace, "data_ptr") != of_torch:
+        _refuse("workspace", f"{'a torch tensor' if of_torch else 'an array'}, as query is", type(workspace).__name__)
+    if (device := device_of(workspace)) != (wanted := device_of(beside)):
+        _refuse("workspace", f"the device of query, {_name_of_device(wanted)}", _name_of_device(device))
+    if (stride := workspace.stride(0) if of_torch else workspace.strides[0]) != 1:
+        _refuse("workspace", "bytes one after another", f"stride {stride}")
+    if _address_of(workspace) % 16:
+        _refuse("workspace", "memory that begins on 16 bytes", f"address {_address_of(workspace):#x}")
+
+
+def _whole(name: str, value: Any) -> int:
+    """An int of Python's or NumPy's as Python's."""
+    if isinstance(value, bool):
+        _refuse(name, "an int", repr(value))
+    try:
+        return operator.index(value)
+    except TypeError:
+        _refuse(name, "an int", repr(value))
 
 
 def _dtype_of(tensor: Any) -> Any:
     return getattr(tensor, "dtype", None) or array_module(tensor).asarray(tensor).dtype
+
+
+def _name_of_dtype(tensor: Any) -> str:
+    return str(_dtype_of(tensor)).removeprefix("torch.")
+
+
+def _name_of_device(index: int) -> str:
+    return "cpu" if index < 0 else f"cuda:{index}"
+
+
+def _address_of(memory: Any) -> int:
+    if hasattr(memory, "data_ptr"):  # torch
+        return int(memory.data_ptr())
+    interface = getattr(memory, "__cuda_array_interface__", None) or memory.__array_interface__
+    return int(interface["data"][0])
 
 
 def sliceable(tensor: Any) -> Any:
