@@ -51,9 +51,13 @@ class CudaRecorder:
                 work()
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            # Other threads may use the device meanwhile: only this one must not do what cannot be recorded.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                result = work()
+            current = torch.cuda.current_stream()
+            try:
+                # Other threads may use the device meanwhile: only this one must not do what cannot be recorded.
+                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                    result = work()
+            finally:
+                torch.cuda.set_stream(current)  # some versions of torch leave their own where a recording fails
         return graph.replay, result
 
 
