@@ -500,6 +500,24 @@ def test_a_resumed_run_does_what_is_left(tmp_path: Path) -> None:
     assert {r["case"] for r in again["results"][len(document["results"]) :]} == {left}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rehearse", "--resume", "nowhere.json"], "--resume: there is no file nowhere.json"),
+        pytest.param(
+            ["--device", "cuda"],
+            "error: device 'cuda'",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["attention", *arguments])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_an_op_that_writes_something_else_is_not_timed() -> None:
     op = cache_gpu.block_ops(20, CPU, 0)[0]
     slow = bench()

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from pagedcore.bench.harness import Session, table
+from pagedcore.errors import PagedCoreError
 
 SUITES = {"attention": "pagedcore.bench.attention", "cascade": "pagedcore.bench.cascade"}
 #: Exit status where a result of ours was wrong, and where a library broke the device's context.
@@ -20,11 +21,10 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one suite, or all; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     options = _parse(argv)
-    device = "cpu" if options.rehearse else _device(options.device)
     session = Session(
         quick=options.quick,
         command=shlex.join(["python", "-m", "pagedcore.bench", *argv]),
-        device=device,
+        device=options.device,
         rehearse=options.rehearse,
         seconds=options.seconds,
         without=options.without,
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     for suite in suites:
         suite.run(session)
     session.write_json()
-    if device != "cpu" or options.rehearse:
+    if options.device != "cpu" or options.rehearse:
         session.note("\n" + "\n".join(table(session.results, session.not_run, _MOST_CASES)))
     for failure in session.failures:
         session.note(f"WRONG: {failure}")
@@ -61,7 +61,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--resume", type=Path, metavar="FILE", help="go on from the JSON of an earlier run (on a GPU)")
     parser.add_argument("--rehearse", action="store_true", help="a GPU's suite on the CPU, with tiny cases")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.resume and not options.resume.is_file():
+        parser.error(f"--resume: there is no file {options.resume}")
+    try:
+        options.device = "cpu" if options.rehearse else _device(options.device)
+    except PagedCoreError as error:
+        parser.error(str(error))
+    return options
 
 
 def _device(wanted: str | None) -> str:
