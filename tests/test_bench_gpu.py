@@ -483,6 +483,9 @@ def test_what_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert skipped["orders"] == "there is memory for 0.00171 GiB"
     pool = next(r for r in run.session.results if r.metric == "order block")
     assert pool.baseline == "order layer"
+    run.machine.memory = 0
+    run._orders()
+    assert run.session.not_run[-1].reason == "there is memory for 0 GiB"
     assert "decode llama-3-8b 3 x 16" in {r.case for r in run.session.results}
 
 
@@ -493,10 +496,12 @@ def test_a_resumed_run_does_what_is_left(tmp_path: Path) -> None:
     left = document["done"].pop()
     document["results"] = [r for r in document["results"] if r["case"] != left]
     document["failures"] = ["something: ours: wrong"]
+    document["environment"]["launched_by_the_host"] = ["something: a peer"]
     first.write_text(json.dumps(document))
     assert main(["attention", "--rehearse", "--resume", str(first), "--json", str(second)]) == 1
     again = json.loads(second.read_text())
     assert again["results"][: len(document["results"])] == document["results"]
+    assert again["environment"]["launched_by_the_host"] == ["something: a peer"]
     assert {r["case"] for r in again["results"][len(document["results"]) :]} == {left}
 
 

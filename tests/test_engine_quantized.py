@@ -219,6 +219,10 @@ PAIR = (np.ones(LAYERS), np.ones(LAYERS))
             "positive finite scales .*, got 0.0 to 1.0",
         ),
         (
+            {"kv_format": FP8, "scale_granularity": "tensor", "kv_scales": (PAIR[0], [1e300, 1.0])},
+            "positive finite scales .*, got 1.0 to inf",
+        ),
+        (
             {"kv_format": FP8, "scale_granularity": "tensor", "kv_scales": (PAIR[0], [float("nan"), 1.0])},
             "positive finite scales",
         ),

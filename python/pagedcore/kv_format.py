@@ -55,7 +55,8 @@ def check_scales(layout: KVCacheLayout, kv_scales: Any) -> list[NDArray[np.float
             expected=shape,
         )
     try:
-        scales = [np.asarray(scale, np.float32) for scale in kv_scales]
+        with np.errstate(over="ignore"):  # what float32 does not hold is not finite
+            scales = [np.asarray(scale, np.float32) for scale in kv_scales]
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidArgumentError(f"kv_scales: expected {expected}: {error}", argument="kv_scales") from error
     shapes = [scale.shape for scale in scales]

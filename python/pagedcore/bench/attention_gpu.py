@@ -129,7 +129,10 @@ class Suite:
             )
         block = KVCacheLayout(1, cases.BLOCK_SIZE, layers, heads.kv, heads.dim, "bfloat16").block_bytes
         count = size // block
-        case = cases.decode(heads, min(batch, (count - 1) // -(-context // cases.BLOCK_SIZE)), context)
+        batch = min(batch, (count - 1) // -(-context // cases.BLOCK_SIZE))
+        if batch < 1:
+            return
+        case = cases.decode(heads, batch, context)
         memory = torch.empty(count * block, dtype=torch.uint8, device=self.machine.device)
         contenders = {}
         for order in ("block", "layer"):

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 #: What a share of the roofline is a share of, where a result does not say it.
 PLAIN_READ = "plain read"
+#: Of the environment: what could not be recorded, so that its figure has the host's launches in it.
+LAUNCHED = "launched_by_the_host"
 _FASTER_IS_LESS = ("us", "ms", "s")
 
 
@@ -214,6 +216,8 @@ class Session:
         self.not_run += [NotRun(**fields) for fields in document["not_run"]]
         self.done += document["done"]
         self.failures += document["failures"]
+        if launched := document["environment"].get(LAUNCHED):
+            self.facts[LAUNCHED] = launched
 
     def write_json(self) -> None:
         """Schema 1: environment, command and results; where there is a file to write it to."""

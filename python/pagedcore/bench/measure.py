@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pagedcore.bench.harness import Result, Timing
+from pagedcore.bench.harness import LAUNCHED, Result, Timing
 from pagedcore.bench.peers import CannotRun, brief
 from pagedcore.bench.timing import Clock, DeviceClock, HostClock, Sample, time_samples
 
@@ -161,7 +161,7 @@ class Bench:
                 samples[metric] = sample
                 if self.machine.on_gpu and not sample.recorded:
                     self.session.note(f"{case:44} {metric:24} cannot be recorded: the host launches it")
-                    self.session.facts.setdefault("launched_by_the_host", []).append(f"{case}: {metric}")
+                    self.session.facts.setdefault(LAUNCHED, []).append(f"{case}: {metric}")
         seconds = 0.1 * len(samples) if self.machine.on_gpu else 0.0
         times = self.guarded(
             case, "timing", lambda: time_samples(self.machine.clock, samples, seconds=seconds), own=True
