@@ -21,7 +21,11 @@ WHEELS = (
     "einops",
     "ninja",
     "nvidia-ml-py",
-    "requests",
+    "requests",  # FlashInfer imports it, and it the next four
+    "certifi",
+    "charset-normalizer",
+    "idna",
+    "urllib3",
     "tabulate",
     "fa3-fwd==0.0.3",  # FlashAttention-3 forward for Hopper, on contiguous KV
 )
