@@ -1,5 +1,7 @@
 // paged_attention: which kernel a call takes, and the memory that its plan and its pieces need. Everything here is
 // decided from shapes, strides, alignment and max_query_len: no host knows the lengths.
+#include <initializer_list>
+
 #include "gpu.h"
 #include "plan.h"
 #include "tile.h"
@@ -8,7 +10,7 @@
 namespace pagedcore::gpu {
 namespace {
 
-constexpr int kTiledDims[] = {64, 80, 96, 112, 128, 192, 256};
+constexpr int kTiledDims[] = {PAGEDCORE_TILED_HEAD_DIMS};
 
 // Strides in elements of so many bytes.
 bool on_16_bytes(int bytes, const void* data, int64_t token_stride, int64_t head_stride, int64_t block_stride = 0) {
@@ -90,14 +92,23 @@ constexpr int kFewWeight = 4;
 constexpr int kManyWeight = 3;
 // Pieces of fixed size that may wait to be merged, per block. Of what has no room, each item is one block's.
 constexpr int64_t kWaitingPieces = 4;
-// Keys of a fixed piece at most, so that positions past a sequence's end fit int32.
-constexpr int64_t kLargestPiece = int64_t{1} << 24;
 
 // How the call is cut, and its arrays one after the other in the caller's plan.
 struct Layout {
   WorkPlan plan;
   int64_t plan_bytes, workspace_bytes;
 };
+
+// One number of many (FNV-1a over their bytes).
+uint64_t digest(std::initializer_list<int64_t> numbers) {
+  uint64_t result = 0xcbf29ce484222325u;
+  for (const int64_t number : numbers) {
+    for (int shift = 0; shift < 64; shift += 8) {
+      result = (result ^ (static_cast<uint64_t>(number) >> shift & 0xff)) * 0x100000001b3u;
+    }
+  }
+  return result;
+}
 
 Layout lay_out(const AttentionParams& p, const TiledKernel& kernel, void* plan_memory, void* workspace) {
   WorkPlan plan{};
@@ -122,6 +133,10 @@ Layout lay_out(const AttentionParams& p, const TiledKernel& kernel, void* plan_m
     plan.unit_keys = static_cast<int32_t>(piece < kLargestPiece ? piece : kLargestPiece);
     plan.most_pieces = static_cast<int32_t>(kWaitingPieces * plan.grid);
   }
+
+  plan.made_for =
+      digest({p.num_tokens, p.num_seqs, p.num_heads, p.num_kv_heads, p.causal, p.window, plan.grid, plan.few_tile,
+              plan.many_tile, plan.few_weight, plan.many_weight, plan.unit_keys, plan.grain, plan.fixed});
 
   char* at = static_cast<char*>(plan_memory);
   int64_t offset = 0;

@@ -96,7 +96,7 @@ PAGEDCORE_KERNEL(kThreads, 1) plan_kernel(const PlannedAttention params) {
   }
   const Scan measured = scan(length);
   for (int i = items.begin; i < items.end; ++i) plan.items[i].begin += measured.before;
-  const PlanHeader header{measured.all, num_items, blocks_with_work(plan, measured.all)};
+  const PlanHeader header{measured.all, num_items, blocks_with_work(plan, measured.all), plan.made_for};
   if (thread_id() == 0) {
     plan.items[num_items] = {header.total, 0, 0};
     *plan.header = header;

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "pagedcore/device.h"
+#include "report.h"
 #include "work.h"
 
 namespace pagedcore::gpu {
@@ -27,8 +28,9 @@ struct BlockWork {
   // By one thread.
   PAGEDCORE_MEMBER void start(const PlannedAttention& params) {
     header = *params.plan.header;
-    item = params.plan.block_items[device::block_x()];
     place = limit = 0;
+    if (header.made_for != params.plan.made_for) return report(params.attention.faults, DeviceFault::plan);
+    item = params.plan.block_items[device::block_x()];
     if (device::block_x() >= header.blocks || header.num_items == 0) return;
     place = block_begin(header, device::block_x());
     limit = block_begin(header, device::block_x() + 1);
@@ -52,6 +54,9 @@ struct BlockWork {
       s.begin = units_before(s, place);
       s.end = units_before(s, limit);
       place = s.item_begin + length;
+      // What is past the table is part of the line, which is made without it, and is not looked at.
+      const int64_t table_end = p.max_blocks * p.block_size;
+      if (s.work.end > table_end) s.work.end = static_cast<int>(table_end);
       if (s.kv_head + 1 == p.num_kv_heads) ++item;
       if (s.begin < s.end) more = 1;
       span = s;

@@ -25,6 +25,10 @@ constexpr int kSmallestPiece = 128;
 // Sequences with at most so many rows a KV head are decoded; one with more has tiles of many rows.
 constexpr int kFewRows = 16;
 
+// Keys of a fixed piece at most, and of a sequence: so that the end of a piece fits int32, whatever a length says.
+constexpr int kLargestPiece = 1 << 24;
+constexpr int kMostKeys = INT32_MAX - kLargestPiece;
+
 // A tile of one KV head of a sequence, for all its KV heads.
 struct alignas(16) TileItem {
   int64_t begin;  // of its first KV head, in the line
@@ -35,7 +39,8 @@ struct alignas(16) TileItem {
 struct alignas(16) PlanHeader {
   int64_t total;  // length of the line
   int32_t num_items;
-  int32_t blocks;  // that have work, of the grid
+  int32_t blocks;     // that have work, of the grid
+  uint64_t made_for;  // the call's WorkPlan::made_for
 };
 
 // Division of numbers below 2^31 by one that only the host knows before: a product and a shift, for every divisor.
@@ -70,6 +75,7 @@ struct WorkPlan {
   int32_t unit_keys;                // of a unit: a multiple of kUnitKeys
   int32_t grain;                    // units: an item is cut at multiples of it; 0: nowhere
   bool fixed;                       // each unit is a piece, whichever blocks they lie in
+  uint64_t made_for;                // all that the plan's arrays follow from but the lengths, in one number
   Divisor by_block_size, by_group;  // by tokens of a block, and by query heads of a KV head
   ScoreRule rule;                   // made once: in a kernel it would hold two registers
 };
@@ -99,10 +105,10 @@ PAGEDCORE_FN int tiles_of(const AttentionParams& p, const WorkPlan& plan, int qu
   return (rows + of_one - 1) / of_one;
 }
 
-// The work on one tile for one KV head.
+// The work on one tile for one KV head. From lengths alone: a plan is made without the cache and its table.
 struct TileWork {
   int rows;        // of the tile, whether a query has them or not
-  int begin, end;  // keys that any of its rows sees, as far as the table goes
+  int begin, end;  // keys that any of its rows sees
   int first_key;   // of the first unit: at or before `begin`
   int units;       // at least one, so that rows that see nothing are written too
   int weight;
@@ -117,8 +123,7 @@ PAGEDCORE_FN TileWork tile_work(const AttentionParams& p, const WorkPlan& plan, 
   const int first_row = tile * work.rows;
   const int last_row = first_row + work.rows < rows ? first_row + work.rows - 1 : rows - 1;
   const KeyRange keys = visible_keys(p, seq_len, query_len, first_row / group, last_row / group + 1);
-  const int64_t table_end = p.max_blocks * p.block_size;
-  const int64_t end = keys.end < 0 ? 0 : keys.end < table_end ? keys.end : table_end;
+  const int64_t end = keys.end < 0 ? 0 : keys.end < kMostKeys ? keys.end : kMostKeys;
   work.begin = static_cast<int>(keys.begin < end ? keys.begin : end);
   work.end = static_cast<int>(end);
   work.first_key = work.begin / plan.unit_keys * plan.unit_keys;

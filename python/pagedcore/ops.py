@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 
 _Arguments = ParamSpec("_Arguments")
 
-_INT64_MAX = 2**63 - 1
-
 
 def is_compiling() -> bool:
     """Whether torch compiles this call. `pagedcore.torch` puts torch's own function in this place."""
@@ -200,13 +198,11 @@ def explain_attention(
 ) -> str:
     """Which kernel `paged_attention` runs for these tensors (arguments as it has them), and why it is not a faster one.
 
-    On a GPU "decode", "mixed" or "prefill", which use tensor cores, or "generic: " and what keeps them from it. On the
-    CPU "streaming" or "packed", what the longest query takes, and the instruction set. Nothing is run, and no contents
-    are read.
+    On a GPU "decode", "mixed" or "prefill", which use tensor cores, or "generic: " and what keeps them from it; without
+    max_query_len one long query is taken for granted, as `paged_attention` does there. On the CPU "streaming" or
+    "packed", by each sequence's own query, and the instruction set. Nothing is run, and no contents are read.
     """
-    longest = max_query_len if max_query_len is not None else _INT64_MAX
-    cut = -1 if split_size is None else split_size
-    kernel, reason = _kernels.explain_attention(query, k_cache, v_cache, num_seqs, longest, cut)
+    kernel, reason = _kernels.explain_attention(query, k_cache, v_cache, num_seqs, max_query_len, split_size)
     return kernel if reason is None else f"{kernel}: {reason}"
 
 
@@ -361,6 +357,7 @@ _DEVICE_FAULTS = (
     "a sequence longer than its row of the block table, or a row that the table does not have",
     "a slot past the cache",
     "a change of a block table outside of it",
+    "a plan that was made for a call of other sizes, or was not made: nothing was attended to",
 )
 
 

@@ -8,7 +8,8 @@ enum class DeviceFault {
   length,  // a sequence that is longer than its row of the block table, or whose row is not in the table
   slot,    // a slot past the cache
   update,  // a change of a block table outside of it
+  plan,    // a plan that was made for another call
 };
-constexpr int kDeviceFaults = 4;
+constexpr int kDeviceFaults = 5;
 
 }  // namespace pagedcore

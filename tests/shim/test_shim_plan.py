@@ -1,0 +1,82 @@
+"""Plans of one's own, on a GPU, which here is the host shim: made from lengths alone, for calls of those sizes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from pagedcore import ops
+from reference import check, make_batch
+from test_shim_binding import arguments, make_gpu, step
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from gpus import ShimGpu
+    from reference import Batch
+
+
+@pytest.fixture
+def gpu(plain_shim: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[ShimGpu]:
+    yield from make_gpu(plain_shim, "exchange api", monkeypatch)
+
+
+def make_plan(gpu: ShimGpu, batch: Batch, **options: Any) -> Any:
+    sizes = step(batch) | {"max_query_len": int(batch.query_start_loc.diff().max())} | options
+    return ops.plan_attention(gpu.upload(batch.seq_lens), gpu.upload(batch.query_start_loc), **sizes)
+
+
+BATCHES = {
+    "decode": ([300, 5, 700, 0], [1, 3, 1, 1]),
+    "mixed": ([300, 130, 5], [1, 30, 1]),
+    "prompts": ([200, 130], [70, 70]),
+}
+
+
+@pytest.mark.parametrize("name", list(BATCHES))
+@pytest.mark.parametrize("options", [{}, {"split_size": 0}, {"split_size": 128}, {"window": 90}], ids=str)
+def test_sequences_of_many_units(gpu: ShimGpu, name: str, options: dict[str, Any]) -> None:
+    """What the plan cuts, before there is a cache, is what attention walks: the same bits as of a plan of its own."""
+    lengths, queries = BATCHES[name]
+    batch = make_batch(lengths, queries, dtype=torch.bfloat16, window=options.get("window"))
+    longest = max(queries)
+    plan = make_plan(gpu, batch, **options)
+    args = arguments(gpu, batch)
+    out = ops.paged_attention(*args, plan=plan, max_query_len=longest, **options)
+    alone = ops.paged_attention(*args, max_query_len=longest, **options)
+    check(batch, gpu.download(out), whole_references=True, window=options.get("window"))
+    assert torch.equal(gpu.download(out), gpu.download(alone))
+    assert ops.device_errors(0) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_tokens": 132}, {"max_query_len": 1}, {"split_size": 0}, {"window": 9}, {"causal": False}],
+    ids=str,
+)
+def test_a_plan_for_another_call_is_flagged(gpu: ShimGpu, changes: dict[str, Any]) -> None:
+    """And nothing is attended to: its arrays lie elsewhere, or cut other work."""
+    batch = make_batch([300, 130], [1, 30], dtype=torch.bfloat16)
+    room = gpu.empty((1 << 20,), torch.uint8)  # more than either call needs, so that no size tells
+    plan = make_plan(gpu, batch, **changes, out=room)
+    ops.paged_attention(*arguments(gpu, batch), plan=plan, max_query_len=30)
+    (error,) = ops.device_errors(0)
+    assert error.startswith("a plan that was made for a call of other sizes")
+
+
+def test_memory_without_a_plan_is_flagged(gpu: ShimGpu) -> None:
+    batch = make_batch([300, 130], [1, 30], dtype=torch.bfloat16)
+    room = gpu.empty((1 << 20,), torch.uint8)
+    ops.paged_attention(*arguments(gpu, batch), plan=room, max_query_len=30)
+    assert len(ops.device_errors(0)) == 1
+
+
+@pytest.mark.parametrize("split_size", [None, 0, 1 << 24])
+def test_any_length_is_survived(gpu: ShimGpu, split_size: int | None) -> None:
+    """A length that no table holds, up to the largest: what the table has is attended to, and it is flagged."""
+    batch = make_batch([48], [1], dtype=torch.bfloat16)  # the blocks are full: what is past them is not there
+    batch.seq_lens[0] = 2**31 - 1
+    out = ops.paged_attention(*arguments(gpu, batch), max_query_len=1, split_size=split_size)
+    assert gpu.download(out).isfinite().all()
+    assert ops.device_errors(0)[-1].startswith("a sequence longer than its row of the block table")
