@@ -20,6 +20,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -79,22 +80,25 @@ class Report:
 
 
 def run(command: list[str], log: Path, *, seconds: float, environment: dict[str, str] | None = None) -> int:
-    """Exit status of a command whose output goes to `log`; 124 where it ran out of time."""
+    """Exit status of a command whose output goes to `log`; 124 where it ran out of time, with all it started."""
     with log.open("w") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **(environment or {})},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a group of its own: compilers and workers must not outlive it
+        )
         try:
-            done = subprocess.run(
-                command,
-                cwd=ROOT,
-                env={**os.environ, **(environment or {})},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                timeout=seconds,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
+            return process.wait(seconds)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
             output.write(f"\nstopped after {seconds:.0f} s\n")
             return 124
-    return done.returncode
 
 
 def tail(log: Path, lines: int = 60) -> str:
@@ -104,7 +108,10 @@ def tail(log: Path, lines: int = 60) -> str:
 
 def machine() -> dict[str, Any]:
     """What the results were found on."""
-    import torch
+    try:
+        import torch
+    except ImportError as error:
+        sys.exit(f"gpu-check: {sys.executable} cannot import torch ({error}). What it needs: docs/gpu-check.md.")
 
     facts = {"torch": torch.__version__, "python": ".".join(map(str, sys.version_info[:3])), "cpus": os.cpu_count()}
     if torch.cuda.is_available():
@@ -157,7 +164,7 @@ def build(report: Report) -> Path | None:
     compile_ = ["cmake", "--build", str(directory), "--parallel", str(os.cpu_count())]
     for name, command in (("configure", configure), ("compile", compile_)):
         log = WORK / f"{name}.log"
-        if run(command, log, seconds=400) != 0:
+        if run(command, log, seconds=400 * (4 if report.rehearsal else 1)) != 0:
             report.add("build", "failed", time.monotonic() - start, f"see {log}")
             print(tail(log))
             return None

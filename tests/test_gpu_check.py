@@ -179,6 +179,18 @@ def test_a_command_that_hangs_is_stopped(gpu_check: ModuleType, tmp_path: Path) 
     assert "stopped after" in log.read_text()
 
 
+def test_what_a_stopped_command_started_ends_with_it(gpu_check: ModuleType, tmp_path: Path) -> None:
+    """As the compilers under CMake do."""
+    command = "sleep 300 & echo $! > child; wait"
+    assert gpu_check.run(["sh", "-c", f"cd {tmp_path}; {command}"], tmp_path / "log", seconds=0.5) == 124
+    status = Path("/proc") / (tmp_path / "child").read_text().strip() / "status"
+    for _ in range(100):
+        if not status.exists() or "State:\tZ" in status.read_text():
+            return
+        time.sleep(0.05)
+    pytest.fail("the child lives on")
+
+
 def test_the_shims_tests_are_chosen_for_a_gpu() -> None:
     """Those that attend, and none that needs what only the shim has."""
     root = SCRIPT.parents[1]
@@ -194,6 +206,7 @@ def test_the_shims_tests_are_chosen_for_a_gpu() -> None:
     chosen = [line.partition("::")[::2] for line in done.stdout.splitlines() if "::" in line]
     assert {Path(file).stem for file, _ in chosen} == {
         "test_shim_attention",
+        "test_shim_attention_codes",
         "test_shim_attention_features",
         "test_shim_attention_split",
         "test_shim_attention_tiles",

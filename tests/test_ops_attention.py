@@ -418,9 +418,9 @@ def test_calls_from_many_threads(device: str) -> None:
         list(pool.map(run, range(4)))
 
 
-@pytest.mark.parametrize(("query_len", "path"), [(1, "streaming"), (4, "packed"), (None, "packed")])
+@pytest.mark.parametrize(("query_len", "path"), [(1, "streaming"), (4, "packed"), (None, "streaming or packed")])
 def test_explain(query_len: int | None, path: str) -> None:
-    """4 queries of a group of 4 are 16 rows, which are packed; where it is not said, all tokens may be one query."""
+    """4 queries of a group of 4 are 16 rows, which are packed."""
     batch = make_batch([20, 20], [4, 4], heads=(8, 2))
     told = ops.explain_attention(batch.query, batch.k_cache, batch.v_cache, num_seqs=2, max_query_len=query_len)
     assert told == f"{path} {_kernels.cpu_isa()}"

@@ -201,7 +201,7 @@ def test_what_is_refused(damage: Any, options: dict[str, Any], message: str) -> 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window": 100}, "^window: expected none, or one no shorter than max_seq_len, got 100"),
+        ({"window": 100}, "^window: expected none, or one no shorter than max_seq_len, which was not given, got 100"),
         ({"window": 247, "max_seq_len": 248}, "^window"),
         ({"alibi_slopes": torch.ones(4)}, "^alibi_slopes: expected none, got slopes"),
         ({"split_size": 0}, "^split_size: expected none, got 0: the result depends on who shares"),

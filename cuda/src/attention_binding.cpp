@@ -23,9 +23,7 @@ void read_mask(AttentionParams& p, PyObject* causal, PyObject* window, PyObject*
     p.window = at_least(1, "window", *tokens);
     if (!p.causal) throw ArgumentError(Fault::unsupported, "window", "causal=True with a window", "causal=False");
   }
-  const auto split = optional_int("split_size", split_size);
-  if (split && *split < 0) refuse("split_size", "None, 0 or a number of tokens", std::to_string(*split));
-  p.split_size = split.value_or(-1);
+  p.split_size = split_size_of(split_size);
 }
 
 // Memory that a GPU op works in: any tensor without gaps, of at least so many bytes, on 16 bytes.
@@ -316,6 +314,12 @@ py::tuple attention_memory(int device, int64_t num_tokens, int64_t num_seqs, int
 }
 
 }  // namespace
+
+int64_t split_size_of(PyObject* value) {
+  const auto split = optional_int("split_size", value);
+  if (split && *split < 0) refuse("split_size", "None, 0 or a number of tokens", std::to_string(*split));
+  return split.value_or(-1);
+}
 
 void read_heads(AttentionParams& p, const Sizes& sizes, const Tensor& q, const Tensor& k, const Tensor& v) {
   p.num_heads = size32(q, "num_heads", sizes[Axis::num_heads]);

@@ -51,6 +51,8 @@ int threads_of(PyObject* num_threads);
 // uint8 with the same codes). Returns the cache's.
 DType require_caches(const Tensor& k, const Tensor& v, const Tensor& rows);
 
+// How attention may be cut: tokens of a piece, 0 for no cut, -1 where the planner decides.
+int64_t split_size_of(PyObject* value);
 // Heads, head sizes and the block size of an attention call.
 void read_heads(AttentionParams& p, const Sizes& sizes, const Tensor& query, const Tensor& k, const Tensor& v);
 

@@ -11,8 +11,11 @@ namespace {
 
 // (kernel, why it is not a faster one, or None). What `paged_attention` decides by: shapes, strides, alignment, and the
 // longest query; lengths play no part.
-py::tuple explain_attention(py::handle query, py::handle k_cache, py::handle v_cache, int64_t num_seqs,
-                            int64_t max_query_len, int64_t split_size) {
+py::tuple explain_attention(const py::object& query, const py::object& k_cache, const py::object& v_cache,
+                            const py::object& num_seqs, const py::object& max_query_len, const py::object& split_size) {
+  const auto seqs = optional_int("num_seqs", num_seqs.ptr());
+  if (!seqs) throw ArgumentError(Fault::type, "num_seqs", "an int", "None");
+  const auto longest = optional_int("max_query_len", max_query_len.ptr());
   const Tensor q("query", query.ptr()), k("k_cache", k_cache.ptr()), v("v_cache", v_cache.ptr());
   AttentionParams p{};
   require_dtype(q, kFloats);
@@ -24,9 +27,9 @@ py::tuple explain_attention(py::handle query, py::handle k_cache, py::handle v_c
   sizes.match(v, {Axis::num_blocks, Axis::num_kv_heads, Axis::block_size, Axis::v_head_dim});
   read_heads(p, sizes, q, k, v);
   p.num_tokens = sizes[Axis::num_tokens];
-  p.num_seqs = static_cast<int32_t>(std::min<int64_t>(at_least(0, "num_seqs", num_seqs), INT32_MAX));
-  p.max_query_len = std::min(at_least(0, "max_query_len", max_query_len), p.num_tokens);
-  p.split_size = split_size;
+  p.num_seqs = static_cast<int32_t>(std::min<int64_t>(at_least(0, "num_seqs", *seqs), INT32_MAX));
+  p.max_query_len = std::min(at_least(0, "max_query_len", longest.value_or(INT64_MAX)), p.num_tokens);
+  p.split_size = split_size_of(split_size.ptr());
   p.query = q.data;
   p.query_token_stride = q.strides[0];
   p.query_head_stride = q.strides[1];
@@ -38,7 +41,8 @@ py::tuple explain_attention(py::handle query, py::handle k_cache, py::handle v_c
   require_isa();
   const cpu::Isa& isa = cpu::selected_isa();
   const bool packed = p.max_query_len * (p.num_heads / p.num_kv_heads) >= isa.stream_rows;
-  return py::make_tuple(std::string(packed ? "packed " : "streaming ") + isa.name, py::none());
+  const char* const path = !packed ? "streaming " : longest ? "packed " : "streaming or packed ";
+  return py::make_tuple(path + std::string(isa.name), py::none());
 }
 
 }  // namespace

@@ -84,7 +84,7 @@ def attention_memory(
     split_size: int,
 ) -> tuple[int, int]: ...
 def explain_attention(
-    query: Any, k_cache: Any, v_cache: Any, num_seqs: int, max_query_len: int, split_size: int
+    query: Any, k_cache: Any, v_cache: Any, num_seqs: int, max_query_len: int | None, split_size: int | None
 ) -> tuple[str, str | None]: ...
 def merge_states(
     o_a: Any,

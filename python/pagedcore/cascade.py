@@ -237,7 +237,8 @@ def attend_in_parts(
 def _refuse_options(window: int | None, max_seq_len: int | None, alibi_slopes: Any, split_size: int | None) -> None:
     name, got, expected, reason = "", "", "none", ""
     if window is not None and (max_seq_len is None or window < max_seq_len):
-        name, got, expected = "window", str(window), "none, or one no shorter than max_seq_len"
+        limit = "max_seq_len" if max_seq_len is not None else "max_seq_len, which was not given"
+        name, got, expected = "window", str(window), f"none, or one no shorter than {limit}"
         reason = "the shared blocks are seen whole"
     elif alibi_slopes is not None:
         name, got, reason = "alibi_slopes", "slopes", "the shared blocks are seen without positions"

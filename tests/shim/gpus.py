@@ -81,6 +81,11 @@ class TensorFacts:
         return self.like.shape
 
     @property
+    def strides(self) -> tuple[int, ...]:
+        """In bytes, as CuPy's arrays have them."""
+        return tuple(stride * self.like.element_size() for stride in self.like.stride())
+
+    @property
     def pointer(self) -> int:
         return self.address + self.like.storage_offset() * self.like.element_size()
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 def gpu(plain_shim: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[ShimGpu]:
     for device in make_gpu(plain_shim, "exchange api", monkeypatch):
         monkeypatch.setattr(cascade, "carve", partial(carve, device))
+        monkeypatch.setattr(cascade, "_address_of", lambda memory: memory.pointer)
         for name in ("fill", "subtract", "hide"):
             monkeypatch.setattr(cascade, name, on_host(device, getattr(cascade, name)))
         cascade._places.cache_clear()  # what it holds of a device 0 is another's

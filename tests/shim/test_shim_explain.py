@@ -78,5 +78,10 @@ def test_bad_input(gpu: ShimGpu) -> None:
     query, k_cache, v_cache = (gpu.upload(t) for t in (batch.query, batch.k_cache, batch.v_cache))
     with pytest.raises(InvalidArgumentError, match="num_seqs"):
         ops.explain_attention(query, k_cache, v_cache, num_seqs=-1)
+    for name, value in (("max_query_len", "40"), ("num_seqs", None), ("split_size", 1.5)):
+        with pytest.raises(TypeError, match=f"^{name}: expected an int"):
+            ops.explain_attention(query, k_cache, v_cache, **{"num_seqs": 1, name: value})
+    with pytest.raises(InvalidArgumentError, match="split_size: expected None, 0 or a number of tokens, got -7"):
+        ops.explain_attention(query, k_cache, v_cache, num_seqs=1, split_size=-7)
     with pytest.raises(InvalidArgumentError, match="v_cache"):
         ops.explain_attention(query, k_cache, batch.v_cache, num_seqs=1)
