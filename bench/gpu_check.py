@@ -53,6 +53,7 @@ class Report:
 
     mode: str
     rehearsal: bool
+    command: str = ""
     machine: dict[str, Any] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
 
@@ -80,16 +81,25 @@ class Report:
 
 
 def run(command: list[str], log: Path, *, seconds: float, environment: dict[str, str] | None = None) -> int:
-    """Exit status of a command whose output goes to `log`; 124 where it ran out of time, with all it started."""
+    """Exit status of a command whose output goes to `log`; 124 where it ran out of time, with all it started, 127 where
+    there is no such command.
+    """
+    variables = {**os.environ, **(environment or {})}
+    # CMake and Ninja may have come with this interpreter, whose environment need not be activated.
+    variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), variables.get("PATH", os.defpath)])
     with log.open("w") as output:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **(environment or {})},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # a group of its own: compilers and workers must not outlive it
-        )
+        try:
+            process = subprocess.Popen(
+                [shutil.which(command[0], path=variables["PATH"]) or command[0], *command[1:]],
+                cwd=ROOT,
+                env=variables,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a group of its own: compilers and workers must not outlive it
+            )
+        except FileNotFoundError:
+            output.write(f"{command[0]}: no such command\n")
+            return 127
         try:
             return process.wait(seconds)
         except BaseException as error:
@@ -313,7 +323,8 @@ def main() -> int:
     options = parser.parse_args()
     begin = time.monotonic()
     WORK.mkdir(parents=True, exist_ok=True)
-    report = Report(options.mode, options.rehearse, machine())
+    command = ["make", f"gpu-check-{options.mode}", *(["ARGS=--rehearse"] if options.rehearse else [])]
+    report = Report(options.mode, options.rehearse, " ".join(command), machine())
     if "gpu" not in report.machine and not options.rehearse:
         sys.exit("gpu-check: torch sees no GPU here. --rehearse does what can be done without one.")
     name = re.sub(r"[^a-z0-9]+", "-", str(report.machine.get("gpu", "none")).lower())

@@ -16,6 +16,7 @@ import torch
 from pagedcore.bench import attention_gpu, cases, timing
 from pagedcore.bench.batch import Batch, fill, ours, relative_error
 from pagedcore.bench.cases import FULL, LLAMA_8B, LLAMA_70B, MHA, MQA, TINY, Case, Grid, decode
+from pagedcore.bench.harness import Session
 from pagedcore.bench.timing import HostClock
 
 CPU = torch.device("cpu")
@@ -79,6 +80,26 @@ def test_the_full_grid_is_the_one_of_the_targets() -> None:
     assert FULL.pool_bytes >= 96e9
     assert (LLAMA_8B, 1, 1024) in FULL.first
     assert (LLAMA_8B, 1, 16_384) in FULL.prompts
+
+
+def test_a_quick_run_is_a_part_of_the_full_one() -> None:
+    def names(grid: Grid) -> set[str]:
+        return {case.name for case in [*cases.main_cases(grid), *cases.decode_grid(grid)]}
+
+    assert len(names(cases.QUICK)) == 5
+    assert names(cases.QUICK) < names(FULL)
+    assert {case.kind for case in cases.main_cases(cases.QUICK)} == {"decode", "prefill", "mixed"}
+    grids = {
+        (quick, rehearse): Session(quick=quick, command="", rehearse=rehearse)
+        for quick in (0, 1)
+        for rehearse in (0, 1)
+    }
+    assert {key: attention_gpu.grid_of(session) for key, session in grids.items()} == {
+        (0, 0): FULL,
+        (1, 0): cases.QUICK,
+        (0, 1): TINY,
+        (1, 1): TINY,
+    }
 
 
 @pytest.mark.parametrize("l2", [0, 1000, 60 << 20])

@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def session(**options: Any) -> Session:
-    return Session(quick=False, command="test", rehearse=True, **options)
+    return Session(quick=False, command="test", **options)
 
 
 def bench(**options: Any) -> Bench:
@@ -90,6 +90,53 @@ def test_without_the_subject_nothing_is_timed() -> None:
     run.compare("case", {"ours": Contender(crashes, 1, own=True), "peer": Contender(naps(0), 1)}, "us", {})
     assert not run.session.results
     assert run.session.failures == ["case: ours: RuntimeError: build failed: mha.cu(7): error: no such thing"]
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_who_fails_while_it_is_timed_is_named_with_its_reason(dies: bool) -> None:
+    """The others are timed without it, unless it broke the device."""
+
+    class Mortal(Machine):
+        def settle(self) -> None:
+            if dies and len(calls) > 3:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    calls: list[int] = []
+
+    def later() -> Callable[[int], object]:
+        def call(_: int) -> None:
+            calls.append(1)
+            if len(calls) > 3:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more")
+
+        return call
+
+    run = bench()
+    run.machine = Mortal(CPU, HostClock(), 1 << 30, 1 << 10)
+    contenders = {"ours": Contender(naps(0), 1, own=True), "bad": Contender(later, 1), "peer": Contender(naps(0), 1)}
+    if dies:
+        with pytest.raises(ContextBroken, match="bad in case"):
+            run.compare("case", contenders, "us", {})
+    else:
+        run.compare("case", contenders, "us", {"ours": ["bad", "peer"]})
+    assert run.session.broken == ("bad" if dies else None)
+    reason = "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert run.session.not_run == [NotRun("case", "bad", reason)]
+    assert [(r.metric, r.baseline) for r in run.session.results] == ([] if dies else [("ours", "peer"), ("peer", None)])
+    assert not run.session.failures
+
+
+def test_a_subject_that_fails_while_it_is_timed_fails_the_run() -> None:
+    calls = iter(range(3))
+    run = bench()
+    run.compare(
+        "case",
+        {"ours": Contender(lambda: lambda _: next(calls), 1, own=True), "peer": Contender(naps(0), 1)},
+        "us",
+        {},
+    )
+    assert run.session.failures == ["case: ours: StopIteration"]
+    assert not run.session.results
 
 
 def test_units() -> None:

@@ -42,7 +42,7 @@ def test_the_image_is_that_of_the_gpu(gpu_check: ModuleType, capability: str, im
 
 
 def test_report(gpu_check: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = gpu_check.Report("core", False, {"gpu": "X"})
+    report = gpu_check.Report("core", False, "make gpu-check-core", {"gpu": "X"})
     report.add("build", "passed", 3.21)
     assert not report.failed
     report.add("attention", "failed", 1.0, "2 failures")
@@ -50,6 +50,7 @@ def test_report(gpu_check: ModuleType, tmp_path: Path, capsys: pytest.CaptureFix
     report.write(tmp_path / "new")
     document = json.loads((tmp_path / "new" / "core.json").read_text())
     assert document["schema"] == 1
+    assert document["command"] == "make gpu-check-core"
     assert document["steps"][1] == {"name": "attention", "result": "failed", "seconds": 1.0, "detail": "2 failures"}
     report.print()
     assert capsys.readouterr().out.splitlines()[-1].split() == ["attention", "failed", "1.0", "s", "2", "failures"]
@@ -62,7 +63,7 @@ def test_the_benchmark_is_rehearsed(
     named. (`make gpu-check-bench ARGS=--rehearse` builds the package too.)
     """
     monkeypatch.setattr(gpu_check, "WORK", tmp_path)
-    report = gpu_check.Report("bench", True, {})
+    report = gpu_check.Report("bench", True)
     start = time.monotonic()
     gpu_check.bench(report, SCRIPT.parents[1] / "python", tmp_path / "out", start + 300)
     assert time.monotonic() - start < 60
@@ -87,7 +88,9 @@ def test_the_benchmark_is_rehearsed(
     peers |= {"fa3 (contiguous)", "sdpa (contiguous)", "varlen (contiguous)"}
     missing = {(entry["metric"], entry["reason"]) for entry in document["not_run"]}
     assert missing == {(peer, "needs a GPU") for peer in peers}
+    assert all(result["roofline"] is None for result in document["results"])  # shares of nothing
     printed = capsys.readouterr().out
+    assert "%" not in printed
     assert "not run: flashinfer-xqa: needs a GPU (" in printed
     assert len(printed) < 12_000
 
@@ -116,7 +119,7 @@ def test_a_library_that_breaks_the_device_is_left_out(
     (package / "bench.py").write_text(_BENCHMARK)
     monkeypatch.setattr(gpu_check, "WORK", tmp_path)
     monkeypatch.setattr(gpu_check, "WHEELS", tmp_path / "none")
-    report = gpu_check.Report("bench", False, {})
+    report = gpu_check.Report("bench", False)
     gpu_check.bench(report, tmp_path / "site", tmp_path / "out", time.monotonic() + 300)
     assert [(step.name, step.result) for step in report.steps] == [
         ("peers' wheels", "not run"),
@@ -142,7 +145,7 @@ def test_a_benchmark_out_of_time_keeps_what_it_has(
 
     monkeypatch.setattr(gpu_check, "run", stops)
     monkeypatch.setattr(gpu_check, "WORK", tmp_path)
-    report = gpu_check.Report("bench", True, {})
+    report = gpu_check.Report("bench", True)
     gpu_check.bench(report, tmp_path, tmp_path / "out", time.monotonic() + 100)
     assert report.steps[-1].result == "failed"
     assert report.steps[-1].detail == "2 figures, 0 not run, 0 wrong; ended by the time limit"
@@ -164,13 +167,29 @@ def test_peers_are_installed_from_their_wheels_alone(
         wheel.writestr(f"{name}/RECORD", f"peer.py,,\n{name}/METADATA,,\n{name}/WHEEL,,\n{name}/RECORD,,\n")
     monkeypatch.setattr(gpu_check, "WORK", tmp_path)
     monkeypatch.setattr(gpu_check, "WHEELS", wheels)
-    report = gpu_check.Report("bench", False, {})
+    report = gpu_check.Report("bench", False)
     target = gpu_check.install_peers(report)
     assert (target / "peer.py").is_file()
     assert (report.steps[0].result, report.steps[0].detail) == ("passed", "1 wheels")
     (wheels / "broken-1.0-py3-none-any.whl").write_text("no wheel")
     assert gpu_check.install_peers(report) is None
     assert report.steps[1].result == "failed"
+
+
+def test_commands_that_came_with_the_interpreter_are_found(
+    gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A virtual environment need not be activated; a command that is nowhere is said to be missing."""
+    (tmp_path / "python").symlink_to(sys.executable)
+    tool = tmp_path / "cmake"
+    tool.write_text("#!/bin/sh\ncommand -v cmake\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(gpu_check.sys, "executable", str(tmp_path / "python"))
+    log = tmp_path / "log"
+    assert gpu_check.run(["cmake"], log, seconds=20, environment={"PATH": "/nowhere:/usr/bin:/bin"}) == 0
+    assert log.read_text() == f"{tool}\n"  # what it starts finds it too
+    assert gpu_check.run(["no-such-command"], log, seconds=20) == 127
+    assert log.read_text() == "no-such-command: no such command\n"
 
 
 def test_a_command_that_hangs_is_stopped(gpu_check: ModuleType, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "suite", nargs="?", choices=[*SUITES, "all"], default="all", help="what to measure (default: all)"
     )
-    parser.add_argument("--quick", action="store_true", help="small sizes, few rounds: under half a minute on a CPU")
+    parser.add_argument("--quick", action="store_true", help="few cases: under half a minute on a CPU")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results as JSON")
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], help="what to measure (default: cuda if torch and the kernels see one)"

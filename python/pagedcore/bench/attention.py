@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from pagedcore import _kernels, ops
 from pagedcore.bench import attention_gpu
-from pagedcore.bench.batch import fill_by_pattern, relative_error
+from pagedcore.bench.batch import ROUNDING, fill_by_pattern, relative_error
 from pagedcore.bench.cases import BLOCK_SIZE
 from pagedcore.bench.harness import Result, Session, Timing, interleave
 from pagedcore.layout import KVCacheLayout
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SUITE = "attention"
-GATES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}  # relative to SDPA, which rounds too
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def run(session: Session) -> None:
         return
     shapes = SHAPES[:1] if session.quick else SHAPES
     with torch.inference_mode():
-        for dtype in GATES:
+        for dtype in ROUNDING:
             for shape in shapes:
                 _decode(session, shape, dtype)
         _prompts(session)
@@ -64,7 +63,7 @@ def run(session: Session) -> None:
 
 def _require_close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype, case: str) -> None:
     error = relative_error(got, want)
-    if not error < GATES[dtype]:
+    if not error < ROUNDING[dtype]:
         raise RuntimeError(f"{case}: result differs from SDPA by {error:.2e}: nothing is timed before it is right")
 
 

@@ -43,13 +43,20 @@ def run(session: Session) -> None:
     with torch.inference_mode(), Background(jobs, limit) as background:
         if machine.on_gpu:
             ops.warmup(machine.device)
-        suite = Suite(Bench(session, machine), cases.TINY if session.rehearse else cases.FULL, background)
+        suite = Suite(Bench(session, machine), grid_of(session), background)
         try:
             suite.yardsticks()
             suite.alone()
             suite.beside_peers()
         except ContextBroken as broken:
             session.note(f"the device can be used no more: {broken}")
+
+
+def grid_of(session: Session) -> cases.Grid:
+    """What is measured, by how much of it was asked for."""
+    if session.rehearse:
+        return cases.TINY
+    return cases.QUICK if session.quick else cases.FULL
 
 
 class Suite:

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from pagedcore import ops
-from pagedcore.bench.batch import relative_error
+from pagedcore.bench.batch import ROUNDING, relative_error
 from pagedcore.bench.cases import BLOCK_SIZE
 from pagedcore.bench.harness import Result, Session, interleave
 
 SUITE = "cascade"
-GATES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}  # relative to the other, which rounds too
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def run(session: Session) -> None:
         return
     models, steps = (MODELS[:1], STEPS[:1]) if session.quick else (MODELS, STEPS)
     with torch.inference_mode():
-        for dtype in GATES:
+        for dtype in ROUNDING:
             for model in models:
                 for step in steps:
                     _decode(session, Shape(*model, *step), dtype)
@@ -82,7 +81,7 @@ def _decode(session: Session, shape: Shape, dtype: torch.dtype) -> None:
     cascade()
     plain()
     error = relative_error(outs[0], outs[1])
-    if not error < GATES[dtype]:
+    if not error < ROUNDING[dtype]:
         raise RuntimeError(f"{case}: cascade differs by {error:.2e}: nothing is timed before it is right")
     times = interleave({"cascade": cascade, "plain": plain}, seconds=0.3 if session.quick else 0.6)
     session.add(

@@ -5,7 +5,7 @@ A case is shapes alone; `pagedcore.bench.batch` makes its tensors.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -148,6 +148,18 @@ FULL = Grid(
     moved=(256, 8 << 10),
     copy_bytes=4 << 30,
     product=8192,
+)
+#: A few cases of `FULL`, at its sizes.
+QUICK = replace(
+    FULL,
+    batches=(),
+    contexts=(),
+    first=FULL.first[:2],
+    prompts=FULL.prompts[2:3],
+    splits=(0,),
+    pool_bytes=8 << 30,
+    moved=(256,),
+    copy_bytes=1 << 30,
 )
 TINY = Grid(
     batches=(1, 3),

@@ -72,6 +72,14 @@ def wall_clock(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+class CallFailed(Exception):  # noqa: N818
+    """One of the calls that are timed in turn raised, which is this exception's cause."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
 def interleave(
     calls: Mapping[str, Callable[[], object]],
     *,
@@ -82,15 +90,22 @@ def interleave(
     """Times the calls in turn, round after round, so that drift of the machine meets all of them alike.
 
     At least `rounds` rounds after one that warms up, then more until `seconds` have passed. `clock` says how long one
-    call took.
+    call took, and waits for it. Raises CallFailed for a call that raises.
     """
+
+    def timed(name: str) -> float:
+        try:
+            return clock(calls[name])
+        except Exception as error:
+            raise CallFailed(name) from error
+
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
+    for name in calls:
+        timed(name)
     begin = time.perf_counter()
     while min(len(times) for times in samples.values()) < rounds or time.perf_counter() - begin < seconds:
-        for name, call in calls.items():
-            samples[name].append(clock(call))
+        for name, times in samples.items():
+            times.append(timed(name))
     return {name: _summary(times) for name, times in samples.items()}
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pagedcore.bench.harness import LAUNCHED, Result, Timing
+from pagedcore.bench.harness import LAUNCHED, CallFailed, Result, Timing
 from pagedcore.bench.peers import CannotRun, brief
 from pagedcore.bench.timing import Clock, DeviceClock, HostClock, Sample, time_samples
 
@@ -129,20 +129,28 @@ class Bench:
         except ContextBroken:  # a comparison within has told whose fault it is
             self.session.finish(case)
             raise
-        except CannotRun as reason:
-            (self.session.fail if own else self.session.skip)(case, metric, str(reason))
-        except (torch.OutOfMemoryError, MemoryError):
-            self.session.skip(case, metric, "out of memory")
         except Exception as error:  # noqa: BLE001  # another library's, or the device's
-            (self.session.fail if own else self.session.skip)(case, metric, brief(error))
+            self._blame(case, metric, error, own=own)
             result = None
+        self._settle(case, metric)
+        return result
+
+    def _blame(self, case: str, metric: str, error: BaseException, *, own: bool) -> None:
+        """Records why a metric of a case has no figure."""
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            self.session.skip(case, metric, "out of memory")
+        else:
+            reason = str(error) if isinstance(error, CannotRun) else brief(error)
+            (self.session.fail if own else self.session.skip)(case, metric, reason)
+
+    def _settle(self, case: str, metric: str) -> None:
+        """After a metric's turn: raises ContextBroken, saying whose fault it is, if the device can be used no more."""
         try:
             self.machine.settle()
         except RuntimeError as error:
             self.session.broken = metric
             self.session.finish(case)
             raise ContextBroken(f"{metric} in {case}: {brief(error)}") from error
-        return result
 
     def compare(
         self, case: str, contenders: Mapping[str, Contender], unit: str, rivals: Mapping[str, Sequence[str]]
@@ -162,15 +170,27 @@ class Bench:
                 if self.machine.on_gpu and not sample.recorded:
                     self.session.note(f"{case:44} {metric:24} cannot be recorded: the host launches it")
                     self.session.facts.setdefault(LAUNCHED, []).append(f"{case}: {metric}")
-        seconds = 0.1 * len(samples) if self.machine.on_gpu else 0.0
-        times = self.guarded(
-            case, "timing", lambda: time_samples(self.machine.clock, samples, seconds=seconds), own=True
-        )
-        for metric, timing in (times or {}).items():
+        times = self._time(case, contenders, samples)
+        for metric, timing in times.items():
             others = [name for name in rivals.get(metric, ()) if name in times and name != metric]
             best = min(others, key=lambda name: times[name].median, default=None)
             baseline = None if best is None else (best, times[best], contenders[best].work)
             self.add(case, metric, timing, contenders[metric].work, unit, baseline)
+
+    def _time(self, case: str, contenders: Mapping[str, Contender], samples: dict[str, Sample]) -> Mapping[str, Timing]:
+        """Times of all samples, taken in turn. One that fails meanwhile is named with its reason, and the others are
+        timed anew without it; without the subject none.
+        """
+        subject = next(iter(contenders))
+        while subject in samples:
+            seconds = 0.1 * len(samples) if self.machine.on_gpu else 0.0
+            try:
+                return time_samples(self.machine.clock, samples, seconds=seconds)
+            except CallFailed as failed:
+                del samples[failed.name]
+                self._blame(case, failed.name, failed.__cause__ or failed, own=contenders[failed.name].own)
+                self._settle(case, failed.name)
+        return {}
 
     def _sample(self, contender: Contender, unit: str) -> Sample:
         rate = self.machine.product_rate if unit == "TFLOP/s" else self.machine.copy_rate
@@ -195,6 +215,8 @@ class Bench:
             value, p10, p90 = (work / size / seconds for seconds in (timing.median, timing.p90, timing.p10))
             share = value * size / (self.machine.copy_rate if of == COPY else self.machine.product_rate)
         name = base = ratio = None
+        if self.session.rehearse:
+            share = None  # of what a yardstick of tiny cases says
         if baseline is not None:
             name, other, their_work = baseline
             base = other.median * 1e6 if unit == "us" else their_work / size / other.median
