@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Graphs that torch could not end: its allocator for pinned memory still asks them which streams are theirs.
+_unended: list[torch.cuda.CUDAGraph] = []
+
 Forward = Callable[["StepTensors"], torch.Tensor]
 
 
@@ -56,9 +59,27 @@ class CudaRecorder:
                 # Other threads may use the device meanwhile: only this one must not do what cannot be recorded.
                 with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                     result = work()
+            except BaseException:
+                self._end(graph)
+                raise
             finally:
                 torch.cuda.set_stream(current)  # some versions of torch leave their own where a recording fails
         return graph.replay, result
+
+    def _end(self, graph: torch.cuda.CUDAGraph) -> None:
+        """What torch before 2.12 leaves undone where CUDA refuses to end a recording, which it does once something in
+        it waited for the device: its allocator takes the recording to be under way for good, and could free no memory
+        again; and its generator refuses to draw numbers.
+        """
+        device = torch.cuda.current_device()
+        try:
+            torch._C._cuda_endAllocateToPool(device, self._pool)  # noqa: SLF001
+        except RuntimeError:
+            return  # torch has ended it
+        torch._C._cuda_releasePool(device, self._pool)  # noqa: SLF001
+        generator = torch.cuda.default_generators[device]
+        generator.graphsafe_set_state(generator.clone_state())  # a copy is not recording
+        _unended.append(graph)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +103,7 @@ class DecodeGraphs:
             try:
                 replay, logits = recorder.record(partial(forward, tensors))
             except RuntimeError as error:  # torch's type for whatever CUDA refuses
-                logger.warning("decode steps run without CUDA graphs: %s", str(error).partition("\n")[0])
+                logger.warning("decode steps run without CUDA graphs: %s", _reason(error))
                 self._recordings.clear()
                 return
             self._recordings.insert(0, Recording(batch, replay, logits))
@@ -96,6 +117,13 @@ class DecodeGraphs:
             return None
         at = bisect_left(self.sizes, plan.num_seqs)
         return self._recordings[at] if at < len(self._recordings) else None
+
+
+def _reason(error: BaseException) -> str:
+    """A line: what went wrong first. What ends the recording then fails for that."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return str(error).partition("\n")[0]
 
 
 def batch_sizes(most: int) -> list[int]:

@@ -172,6 +172,46 @@ def test_many_streams() -> None:
         check(batch, out.cpu())
 
 
+def test_a_model_that_waits_for_the_device_is_served_without_graphs(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its recording fails half-way. The answers are right all the same, and torch's allocator and generator are as
+    before: memory can be freed, numbers drawn, and the next model recorded.
+    """
+    from models import save_tiny_model
+    from pagedcore import LLM, SamplingParams
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    model = save_tiny_model("llama", tmp_path / "model")
+    forward = LlamaMLP.forward
+
+    def waits(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        result = forward(self, hidden)
+        assert result.sum().item() == result.sum().item()
+        return result
+
+    def answers(device: str) -> tuple[list[list[int]], list[int]]:
+        llm = LLM(str(model), dtype="float32", num_blocks=64, max_num_seqs=4, max_model_len=128, device=device)
+        results = llm.generate([[5, 6, 7], list(range(3, 40))], SamplingParams(max_tokens=24, temperature=0.0))
+        recorded = getattr(llm.engine._runner, "_graphs", None)
+        llm.close()
+        return [list(result.outputs[0].token_ids) for result in results], recorded.sizes if recorded else []
+
+    expected, _ = answers("cpu")
+    monkeypatch.setattr(LlamaMLP, "forward", waits)
+    with caplog.at_level("WARNING", logger="pagedcore"):
+        got, sizes = answers(DEVICE)
+    assert got == expected
+    assert sizes == []
+    warnings = [record for record in caplog.records if "without CUDA graphs" in record.getMessage()]
+    assert len(warnings) == (DEVICE != "cpu")
+    monkeypatch.undo()
+    if DEVICE != "cpu":
+        torch.cuda.empty_cache()
+    assert torch.rand(3, device=DEVICE).isfinite().all()
+    assert answers(DEVICE) == (expected, [1, 2, 4] if DEVICE != "cpu" else [])
+
+
 @on_gpu
 def test_greedy_answers_of_a_tiny_model(tmp_path: Any) -> None:
     """A Llama with random weights in float32 answers on the device as on the CPU, token for token."""
