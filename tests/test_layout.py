@@ -111,6 +111,14 @@ def test_bad_sizes(name: str, value: object) -> None:
     assert caught.value.got == value
 
 
+@pytest.mark.parametrize("name", ["head_dim", "v_head_dim"])
+def test_heads_wider_than_the_kernels_take(name: str) -> None:
+    assert getattr(KVCacheLayout(**{**GOOD, name: 256}), name) == 256
+    expected = f"^{name}: expected 1 to 256, the widest head that the kernels take, got 257$"
+    with pytest.raises(InvalidArgumentError, match=expected):
+        KVCacheLayout(**{**GOOD, name: 257})
+
+
 @pytest.mark.parametrize(
     ("name", "value", "error"),
     [

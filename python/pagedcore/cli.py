@@ -91,7 +91,8 @@ def _parser() -> argparse.ArgumentParser:
         "--kv-format",
         default="auto",
         choices=("auto", FP8),
-        help="how the KV cache is kept: auto is the model's dtype (default: %(default)s)",
+        help="how the KV cache is kept: auto is the model's dtype; fp8_e4m3 is 8-bit codes, with a scale for each "
+        "token and head (default: %(default)s)",
     )
     generate.add_argument("--max-num-seqs", type=int, default=64, help="answers written at once (default: %(default)s)")
     generate.add_argument("--json", action="store_true", help="one JSON object a line, with token ids and times")
@@ -132,8 +133,7 @@ def _generate(options: argparse.Namespace) -> int:
     if not prompts:
         print("pagedcore generate: no prompts, neither as arguments nor on stdin", file=sys.stderr)
         return 2
-    if sys.stderr.isatty():
-        print(f"loading {options.model} ...", file=sys.stderr)
+    print(f"loading {options.model} ...", file=sys.stderr, flush=True)
     from transformers.utils import logging as transformers_logging
 
     from pagedcore.llm import LLM

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}  # every dtype that KV data and models may have
 FP8 = "fp8_e4m3"  # the format of a cache of 8-bit codes
 GRANULARITIES = ("tensor", "head", "token")  # what a scale of a quantised cache is of
+MAX_HEAD_DIM = 256  # the widest head that the attention kernels take
 _ALIGNMENT = 64  # bytes: K and V of every layer begin on a cache line
 _MAX_BYTES = 2**62
 _SCALE_SIZE = 4  # bytes of a float32
@@ -97,14 +98,15 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _require_size(name: str, value: Any) -> None:
+def _require_size(name: str, value: Any, most: int = 2**31 - 1) -> None:
     if not _is_int(value):
         raise InvalidArgumentError(
             f"{name}: expected an int, got {value!r}", argument=name, got=value, expected="an int"
         )
-    if not 1 <= value < 2**31:
+    if not 1 <= value <= most:
+        expected = "1 to 2**31 - 1" if most == 2**31 - 1 else f"1 to {most}, the widest head that the kernels take"
         raise InvalidArgumentError(
-            f"{name}: expected 1 to 2**31 - 1, got {value}", argument=name, got=value, expected="1 to 2**31 - 1"
+            f"{name}: expected {expected}, got {value}", argument=name, got=value, expected=expected
         )
 
 
@@ -114,7 +116,9 @@ class KVCacheLayout:
 
     ``layers[i]`` gives offsets and strides of layer i. ``block_bytes`` is what one block takes over all layers,
     ``total_bytes`` what the whole cache takes. ``kv_format="fp8_e4m3"`` keeps 8-bit codes for models of ``dtype``, with
-    a scale for a layer's K and V as a whole, for each KV head, or for each token and head (docs/quantisation.md).
+    a scale for a layer's K and V as a whole, for each KV head, or for each token and head (docs/quantisation.md). The
+    default, ``"tensor"``, adds nothing to a block and is what a calibrated model brings; an engine, which knows no
+    scales, has ``"token"`` for its default.
     """
 
     num_blocks: int
@@ -131,12 +135,13 @@ class KVCacheLayout:
     block_bytes: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("num_blocks", "block_size", "num_layers", "num_kv_heads", "head_dim"):
+        for name in ("num_blocks", "block_size", "num_layers", "num_kv_heads"):
             _require_size(name, getattr(self, name))
+        _require_size("head_dim", self.head_dim, MAX_HEAD_DIM)
         given: int | None = self.v_head_dim
         if given is None:
             object.__setattr__(self, "v_head_dim", self.head_dim)
-        _require_size("v_head_dim", self.v_head_dim)
+        _require_size("v_head_dim", self.v_head_dim, MAX_HEAD_DIM)
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
         if self.kv_format not in ("auto", self.dtype, FP8):
             raise UnsupportedError(

@@ -22,6 +22,7 @@ import torch
 from pagedcore import attention, environment, linear
 from pagedcore.devices import DTYPES, choose_device, choose_dtype
 from pagedcore.errors import InvalidArgumentError, UnsupportedError
+from pagedcore.layout import MAX_HEAD_DIM
 from pagedcore.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -35,9 +36,6 @@ _PAGED_LAYERS = {"full_attention", "sliding_attention"}
 #: Rotary embeddings whose frequencies depend on the longest sequence of the batch, once that passes the original
 #: length.
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
-
-#: The widest head that the attention kernels take.
-_MAX_HEAD_DIM = 256
 
 #: Packed copies of the weights are made if they take at most this share of the memory that is available.
 _PACK_MEMORY_SHARE = 0.25
@@ -293,9 +291,9 @@ def probe(module: PreTrainedModel) -> tuple[tuple[attention.LayerShape, ...], in
             got=name,
         )
     widest = max(layers[0].head_dim, layers[0].v_head_dim)
-    if widest > _MAX_HEAD_DIM:
+    if widest > MAX_HEAD_DIM:
         raise UnsupportedError(
-            f"{name} has attention heads of head_dim {widest}, the kernels take at most {_MAX_HEAD_DIM}",
+            f"{name} has attention heads of head_dim {widest}, the kernels take at most {MAX_HEAD_DIM}",
             argument="model",
             got=name,
         )
