@@ -46,7 +46,9 @@ if(PAGEDCORE_NVCC)
   add_library(pagedcore_gpu OBJECT ${kernels})
   target_include_directories(pagedcore_gpu PRIVATE cuda/include cuda/gpu)
   # Two images of a file at a time: the last file of a build would else leave a core idle.
-  target_compile_options(pagedcore_gpu PRIVATE --ptxas-options=-v --threads=2)
+  # No contraction of products and sums but where it is written (fmaf): else what a row's result is would depend on which
+  # kernel of several computes it, and its bits on the sequences beside it.
+  target_compile_options(pagedcore_gpu PRIVATE --ptxas-options=-v --threads=2 --fmad=false)
   set_target_properties(pagedcore_gpu PROPERTIES
     POSITION_INDEPENDENT_CODE ON
     CUDA_VISIBILITY_PRESET hidden

@@ -16,6 +16,11 @@ PAGEDCORE_DEVICE bool has_records(const WorkPlan& plan, const Span& s) {
   return s.item_begin + s.work.units <= plan.most_pieces;
 }
 
+// Whether a sequence has as many tiles as when the plan was made.
+PAGEDCORE_DEVICE bool has_tiles_as_planned(const AttentionParams& p, const WorkPlan& plan, int seq) {
+  return plan.first_items[seq + 1] - plan.first_items[seq] == tiles_of(p, plan, query_len_of(p, seq));
+}
+
 // In shared memory.
 struct BlockWork {
   PlanHeader header;
@@ -48,6 +53,15 @@ struct BlockWork {
       s.tile = tile.tile;
       s.work = tile_work(p, plan, p.seq_lens[tile.seq], query_len_of(p, tile.seq), tile.tile);
       const int64_t length = int64_t{s.work.units} * s.work.weight;
+      // Lengths have changed since the plan was made: the item would not be cut alike by all of its blocks, nor end
+      // with the last KV head.
+      const int64_t planned_end = plan.items[item + 1].begin;
+      if (length * p.num_kv_heads != planned_end - tile.begin || !has_tiles_as_planned(p, plan, tile.seq)) {
+        report(p.faults, DeviceFault::plan);
+        place = planned_end;
+        ++item;
+        continue;
+      }
       s.kv_head = static_cast<int>((place - tile.begin) / length);
       s.item_begin = tile.begin + s.kv_head * length;
       s.grain = plan.grain == 0 || (plan.fixed && !has_records(plan, s)) ? s.work.units : plan.grain;

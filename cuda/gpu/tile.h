@@ -23,7 +23,7 @@ struct Tile {
 
   // Eight rows read at one chunk must fall on eight different groups of four banks. Rows that start gcd(kChunks, 8)
   // groups apart repeat every 8 / gcd rows: from there on the chunk's number is flipped by one more.
-  static PAGEDCORE_MEMBER int offset(int row, int chunk) {
+  PAGEDCORE_FN constexpr int offset(int row, int chunk) {
     return row * kRowBytes + (chunk ^ (row / (8 / kFlips)) % kFlips) * kChunkBytes;
   }
 
@@ -34,5 +34,27 @@ struct Tile {
     return device::flip_bits(row, flipped * kChunkBytes) + (2 * step - flipped) * kChunkBytes;
   }
 };
+
+// Whether eight accesses of 16 bytes, of eight lanes, fall on all 32 banks: eight rows at one chunk (ldmatrix), and
+// eight chunks one after another, over the ends of rows (what fills a tile). `row` a multiple of 8.
+template <class Rows>
+constexpr bool meets_no_bank_twice() {
+  for (int row = 0; row < 16; row += 8) {
+    for (int chunk = 0; chunk < Rows::kChunks; ++chunk) {
+      unsigned read = 0, filled = 0;
+      for (int i = 0; i < 8; ++i) {
+        const int copy = (row * Rows::kChunks / 8 + chunk) * 8 + i;
+        read |= 1u << Rows::offset(row + i, chunk) / kChunkBytes % 8;
+        filled |= 1u << Rows::offset(copy / Rows::kChunks, copy % Rows::kChunks) / kChunkBytes % 8;
+      }
+      if (read != 0xff || filled != 0xff) return false;
+    }
+  }
+  return true;
+}
+static_assert(meets_no_bank_twice<Tile<64>>() && meets_no_bank_twice<Tile<80>>() && meets_no_bank_twice<Tile<96>>());
+static_assert(meets_no_bank_twice<Tile<112>>() && meets_no_bank_twice<Tile<128>>() && meets_no_bank_twice<Tile<192>>());
+static_assert(meets_no_bank_twice<Tile<256>>() && meets_no_bank_twice<Tile<64, 1>>() &&
+              meets_no_bank_twice<Tile<128, 1>>());
 
 }  // namespace pagedcore::gpu

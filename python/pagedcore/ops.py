@@ -357,7 +357,7 @@ _DEVICE_FAULTS = (
     "a sequence longer than its row of the block table, or a row that the table does not have",
     "a slot past the cache",
     "a change of a block table outside of it",
-    "a plan that was made for a call of other sizes, or was not made: nothing was attended to",
+    "a plan that was made for a call of other sizes or lengths, or was not made: what it did not fit was left out",
 )
 
 

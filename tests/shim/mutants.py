@@ -47,6 +47,8 @@ CODES_UNSEEN = "test_shim_attention_codes.py::test_what_nobody_sees_changes_noth
 CODES_QUERIES = "test_shim_attention_codes.py::test_queries_beyond_f16"
 BESIDE = "test_shim_attention_split.py::test_a_sequence_that_decodes_is_the_same_beside_prompts"
 STARTS = "test_shim_attention.py::test_query_starts_out_of_range_write_nothing_outside"
+STALE = "test_shim_plan.py::test_a_plan_for_other_lengths_is_flagged"
+STALE_TILES = "test_shim_plan.py::test_a_plan_for_other_queries_is_flagged"
 SMALL = "test_shim_attention_split.py::test_the_planner_cuts_no_small_pieces"
 WRITE = "test_shim_cache.py::test_reshape_and_cache"
 MOVE = "test_shim_cache.py::test_copy_and_zero"
@@ -69,6 +71,20 @@ class Mutant:
 
 
 MUTANTS = [
+    Mutant(
+        "plan that lengths left behind",
+        "spans.h",
+        "length * p.num_kv_heads != planned_end - tile.begin || ",
+        "",
+        STALE,
+    ),
+    Mutant(
+        "plan of other tiles",
+        "spans.h",
+        " || !has_tiles_as_planned(p, plan, tile.seq)",
+        "",
+        STALE_TILES,
+    ),
     Mutant(
         "missing barrier before the merge",
         "few_rows.h",

@@ -62,7 +62,39 @@ def test_a_plan_for_another_call_is_flagged(gpu: ShimGpu, changes: dict[str, Any
     plan = make_plan(gpu, batch, **changes, out=room)
     ops.paged_attention(*arguments(gpu, batch), plan=plan, max_query_len=30)
     (error,) = ops.device_errors(0)
-    assert error.startswith("a plan that was made for a call of other sizes")
+    assert error.startswith("a plan that was made for a call of other sizes or lengths")
+
+
+@pytest.mark.parametrize(
+    ("planned", "lengths"),
+    [
+        ([300, 300], [20, 30]),  # the line is shorter now: what is past it would be heads that there are none of
+        ([20, 30], [300, 300]),
+        ([1000, 5], [5, 1000]),
+        ([640, 640], [64, 640]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("split_size", [None, 128])
+def test_a_plan_for_other_lengths_is_flagged(
+    gpu: ShimGpu, planned: list[int], lengths: list[int], split_size: int | None
+) -> None:
+    """As in a recorded step that is replayed with its plan of before: nothing outside of the tensors is touched."""
+    batch = make_batch(lengths, [1, 1], dtype=torch.bfloat16)
+    stale = make_plan(gpu, make_batch(planned, [1, 1], dtype=torch.bfloat16), split_size=split_size)
+    ops.paged_attention(*arguments(gpu, batch), plan=stale, max_query_len=1, split_size=split_size)
+    (error,) = ops.device_errors(0)
+    assert error.startswith("a plan that was made for a call of other sizes or lengths")
+
+
+def test_a_plan_for_other_queries_is_flagged(gpu: ShimGpu) -> None:
+    """Whose tiles are as long each as the planned ones, and not as many: not causal, all see all keys."""
+    options: dict[str, Any] = {"causal": False, "max_query_len": 80}
+    batch = make_batch([80, 80], [80, 40], dtype=torch.bfloat16)
+    stale = make_plan(gpu, make_batch([80, 80], [40, 80], dtype=torch.bfloat16), **options)
+    ops.paged_attention(*arguments(gpu, batch), plan=stale, **options)
+    (error,) = ops.device_errors(0)
+    assert error.startswith("a plan that was made for a call of other sizes or lengths")
 
 
 def test_memory_without_a_plan_is_flagged(gpu: ShimGpu) -> None:
