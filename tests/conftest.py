@@ -27,6 +27,17 @@ settings.register_profile("dev", **COMMON)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """The settings in pyproject.toml are no errors on a machine that has pytest and not the plugin they are for."""
+    if not pluginmanager.hasplugin("timeout"):
+        parser.addini("timeout", "seconds a test may take: pytest-timeout, which is not here, would stop it")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.pluginmanager.hasplugin("timeout"):
+        config.addinivalue_line("markers", "timeout(seconds): of pytest-timeout, which is not here")
+
+
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct, which `make test` fetches before it starts pytest."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -56,6 +57,138 @@ def test_report(gpu_check: ModuleType, tmp_path: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().out.splitlines()[-1].split() == ["attention", "failed", "1.0", "s", "2", "failures"]
 
 
+def test_a_report_is_kept_step_by_step(gpu_check: ModuleType, tmp_path: Path) -> None:
+    """A call that is ended from outside has left what it found."""
+    report = gpu_check.Report("core", True, out=tmp_path / "out", end=time.monotonic() + 60)
+    for count, name in enumerate(("build", "attention"), 1):
+        report.add(name, "passed")
+        document = json.loads((tmp_path / "out" / "core.json").read_text())
+        assert len(document["steps"]) == count
+        assert not {"out", "end"} & document.keys()
+
+
+def test_what_is_missing_or_too_old_is_said_before_anything_is_compiled(
+    gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tools = {
+        "good": gpu_check.Tool(lambda: "3.18", (3, 18)),
+        "new": gpu_check.Tool(lambda: "2.11.0+cu130", (2, 11)),
+        "old": gpu_check.Tool(lambda: "2.6.1", (2, 12)),
+        "none": gpu_check.Tool(lambda: ""),
+        "of another mode": gpu_check.Tool(lambda: "1.0", (2,), ("bench",)),
+        "of a GPU": gpu_check.Tool(lambda: "", gpu=True),
+        "of use": gpu_check.Tool(lambda: "", modes=()),
+    }
+    monkeypatch.setattr(gpu_check, "TOOLS", tools)
+    report = gpu_check.Report("core", True)
+    assert not gpu_check.look_for_tools(report)
+    assert report.steps[0].detail == "old: 2.6.1, 2.12 or newer is needed; none: not found, any version is needed"
+    assert "tools: good 3.18, new 2.11.0+cu130, old 2.6.1, none -, " in capsys.readouterr().out
+    for name in ("old", "none"):
+        del tools[name]
+    assert gpu_check.look_for_tools(gpu_check.Report("core", True))
+    assert not gpu_check.look_for_tools(gpu_check.Report("core", False))
+
+
+def test_this_machines_tools_are_found(gpu_check: ModuleType) -> None:
+    """Each by the way that it is looked for; nvcc need not be here."""
+    report = gpu_check.Report("core", True)
+    assert gpu_check.look_for_tools(report)
+    assert report.tools["pytest"] == pytest.__version__
+    assert all(report.tools[name] for name in ("cmake", "ninja", "pybind11", "torch", "hypothesis"))
+
+
+def test_pybind11_is_as_new_as_cmake_asks_for(gpu_check: ModuleType) -> None:
+    for path in ("CMakeLists.txt", "cuda/shim/CMakeLists.txt"):
+        least = re.search(r"find_package\(pybind11 (\d+)\.(\d+) ", (SCRIPT.parents[1] / path).read_text())
+        assert least is not None
+        assert gpu_check.TOOLS["pybind11"].least == tuple(map(int, least.groups()))
+
+
+@pytest.fixture
+def sleepy(tmp_path: Path) -> Path:
+    """A file of tests, the second of which does not end."""
+    path = tmp_path / "test_sleepy.py"
+    path.write_text("import time\ndef test_a(): pass\ndef test_b(): time.sleep(600)\n")
+    return path
+
+
+def test_tests_share_one_deadline(
+    gpu_check: ModuleType, sleepy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step that meets it is ended and says so, and what follows is not begun: neither looks as if it had passed."""
+    monkeypatch.setattr(gpu_check, "WORK", tmp_path)
+    monkeypatch.setattr(gpu_check, "LEAST_SECONDS", 1)
+    report = gpu_check.Report("core", True, end=time.monotonic() + 8)
+    gpu_check.pytest(report, tmp_path, "sleepy", [str(sleepy)], {})
+    gpu_check.pytest(report, tmp_path, "late", [str(sleepy)], {})
+    assert [(step.name, step.result) for step in report.steps] == [("sleepy", "failed"), ("late", "failed")]
+    assert report.steps[0].detail.startswith("ended by the time limit at ")
+    assert 6 < report.steps[0].seconds < 20
+    assert report.steps[1].detail == "not begun: no time was left"
+
+
+_SANITIZER = """#!/bin/sh
+case "$2 $*" in
+  memcheck*SMALL*) echo "========= ERROR SUMMARY: 0 errors" ;;
+  racecheck*SMALL*) echo "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"; exit 77 ;;
+  initcheck*) echo "Error: Device not supported" ;;
+  synccheck*SMALL*) sleep 600 ;;
+esac
+"""
+
+
+def test_the_sanitizers_tools(gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passed, failed, not supported, and out of time, with an equal share of it."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(_SANITIZER.replace("SMALL", gpu_check.SMALL))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(gpu_check, "WORK", tmp_path)
+    report = gpu_check.Report("sanitizer", False, end=time.monotonic() + 5)
+    gpu_check.sanitizer(report, tmp_path)
+    assert [(step.name, step.result) for step in report.steps] == [
+        ("memcheck", "passed"),
+        ("racecheck", "failed"),
+        ("initcheck", "not run"),
+        ("synccheck", "not run"),
+    ]
+    assert report.steps[0].detail == "ERROR SUMMARY: 0 errors"
+    assert report.steps[1].detail == "RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"
+    assert report.steps[2].detail == "Error: Device not supported"
+    assert report.steps[3].detail.startswith("did not end in ")
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_sanitizers_that_show_nothing_fail(
+    gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    tool = tmp_path / "compute-sanitizer"
+    if there:
+        tool.write_text("#!/bin/sh\necho Error: Device not supported\nexit 1\n")
+        tool.chmod(0o755)
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name, path=None: str(tool))
+    monkeypatch.setattr(gpu_check, "WORK", tmp_path)
+    report = gpu_check.Report("sanitizer", False, end=time.monotonic() + 60)
+    gpu_check.sanitizer(report, tmp_path)
+    assert [step.result for step in report.steps] == ["not run"] * 4 + ["failed"]
+    assert report.failed
+
+
+def test_tests_run_without_the_plugins_that_pyproject_configures() -> None:
+    """A GPU machine may have pytest and hypothesis and nothing else."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:timeout", "-p", "no:xdist"]
+    root = SCRIPT.parents[1]
+    tests = ["tests/device/test_small.py", "-k", "merge"]
+    environment = {**os.environ, "PYTEST_ADDOPTS": ""}
+    for more in ([], ["-o", "timeout=0"]):
+        done = subprocess.run(
+            [*command, *tests, *more], cwd=root, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "1 passed" in done.stdout
+
+
 def test_the_benchmark_is_rehearsed(
     gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -63,9 +196,9 @@ def test_the_benchmark_is_rehearsed(
     named. (`make gpu-check-bench ARGS=--rehearse` builds the package too.)
     """
     monkeypatch.setattr(gpu_check, "WORK", tmp_path)
-    report = gpu_check.Report("bench", True)
     start = time.monotonic()
-    gpu_check.bench(report, SCRIPT.parents[1] / "python", tmp_path / "out", start + 300)
+    report = gpu_check.Report("bench", True, end=start + 300)
+    gpu_check.bench(report, SCRIPT.parents[1] / "python", tmp_path / "out")
     assert time.monotonic() - start < 60
     assert [(step.name, step.result) for step in report.steps] == [
         ("peers' wheels", "not run"),
@@ -119,8 +252,8 @@ def test_a_library_that_breaks_the_device_is_left_out(
     (package / "bench.py").write_text(_BENCHMARK)
     monkeypatch.setattr(gpu_check, "WORK", tmp_path)
     monkeypatch.setattr(gpu_check, "WHEELS", tmp_path / "none")
-    report = gpu_check.Report("bench", False)
-    gpu_check.bench(report, tmp_path / "site", tmp_path / "out", time.monotonic() + 300)
+    report = gpu_check.Report("bench", False, end=time.monotonic() + 300)
+    gpu_check.bench(report, tmp_path / "site", tmp_path / "out")
     assert [(step.name, step.result) for step in report.steps] == [
         ("peers' wheels", "not run"),
         ("attention", "not run"),
@@ -145,8 +278,8 @@ def test_a_benchmark_out_of_time_keeps_what_it_has(
 
     monkeypatch.setattr(gpu_check, "run", stops)
     monkeypatch.setattr(gpu_check, "WORK", tmp_path)
-    report = gpu_check.Report("bench", True)
-    gpu_check.bench(report, tmp_path, tmp_path / "out", time.monotonic() + 100)
+    report = gpu_check.Report("bench", True, end=time.monotonic() + 100)
+    gpu_check.bench(report, tmp_path, tmp_path / "out")
     assert report.steps[-1].result == "failed"
     assert report.steps[-1].detail == "2 figures, 0 not run, 0 wrong; ended by the time limit"
 
