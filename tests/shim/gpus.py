@@ -19,6 +19,7 @@ CODES = {  # DLPack's type code, bits, and the typestr of __cuda_array_interface
     torch.int64: (0, 64, "<i8"),
     torch.uint8: (1, 8, "|u1"),
     torch.bool: (6, 8, "|b1"),
+    torch.float8_e4m3fn: (10, 8, "|V1"),
 }
 WAYS = ("exchange api", "array interface", "attributes")
 CUDA, CUDA_HOST, ROCM, MANAGED = 2, 3, 10, 13  # DLPack's device types

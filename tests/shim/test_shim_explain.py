@@ -73,6 +73,29 @@ def test_misaligned_rows(gpu: ShimGpu) -> None:
     assert ops.explain_attention(*tensors, num_seqs=1) == "generic: rows of query do not start on 16 bytes"
 
 
+def test_codes_at_other_head_sizes(gpu: ShimGpu) -> None:
+    batch = make_batch([1], [1], dtype=torch.bfloat16, head_dim=80)
+    codes = [torch.zeros(batch.k_cache.shape, dtype=torch.float8_e4m3fn) for _ in range(2)]
+    tensors = (gpu.upload(t) for t in (batch.query, *codes))
+    assert (
+        ops.explain_attention(*tensors, num_seqs=1)
+        == "generic: the cache holds codes and the head size is not 64 or 128"
+    )
+
+
+def test_blocks_beyond_32_bits(gpu: ShimGpu) -> None:
+    """Tokens of a block so far apart that the last is 2^31 elements from the first."""
+    batch = make_batch([1], [1], dtype=torch.bfloat16, block_size=2, heads=(1, 1))
+    query, k_cache, v_cache = gpu.upload(batch.query), gpu.upload(batch.k_cache), gpu.upload(batch.v_cache)
+    strides = (1 << 32, 1 << 32, 1 << 30, 1)
+    like = torch.empty_strided(batch.k_cache.shape, strides, dtype=torch.bfloat16, device="meta")
+    far = gpu.tensor_class(k_cache.address, like, 0)
+    assert ops.explain_attention(query, k_cache, v_cache, num_seqs=1) == "decode"
+    for name in ("k_cache", "v_cache"):
+        caches = {"k_cache": k_cache, "v_cache": v_cache} | {name: far}
+        assert ops.explain_attention(query, **caches, num_seqs=1) == "generic: a block of one head spans 2^31 elements"
+
+
 def test_bad_input(gpu: ShimGpu) -> None:
     batch = make_batch([3], [3], dtype=torch.bfloat16)
     query, k_cache, v_cache = (gpu.upload(t) for t in (batch.query, batch.k_cache, batch.v_cache))
