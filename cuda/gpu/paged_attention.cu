@@ -72,7 +72,7 @@ Tiles tiles_for(const AttentionParams& p) {
   if (same_always) return Tiles::mixed;
   const bool alike = p.num_tokens == p.num_seqs * max_query_len;
   const bool prompts = alike ? max_query_len * group >= 128 : p.num_tokens * group >= p.num_seqs * kPrefillRows;
-  return prompts && p.head_dim <= kMostPrefillDim ? Tiles::prefill : Tiles::mixed;
+  return prompts && takes_prefill(p.head_dim) ? Tiles::prefill : Tiles::mixed;
 }
 
 TiledKernel kernel_for(const AttentionParams& p) {
@@ -169,7 +169,7 @@ void load_tiled() {
         p.head_dim = p.v_head_dim = dim;
         decode_kernel_for(p);
         mixed_kernel_for(p);
-        if (dim <= kMostPrefillDim) prefill_kernel_for(p);
+        if (takes_prefill(dim)) prefill_kernel_for(p);
       }
     }
   }
@@ -187,7 +187,7 @@ AttentionMemory most_memory(const AttentionParams& p) {
   if (longest_query(p) * (p.num_heads / p.num_kv_heads) > kFewRows || p.split_size >= 0) {
     // Which of them a call takes depends on how many sequences share its tokens.
     add(mixed_kernel_for(p));
-    if (p.head_dim <= kMostPrefillDim) add(prefill_kernel_for(p));
+    if (takes_prefill(p.head_dim)) add(prefill_kernel_for(p));
   }
   return most;
 }

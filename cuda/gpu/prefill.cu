@@ -2,7 +2,7 @@
 //
 // Cut: as decode.cu. Shared memory: 64 KiB and a little at head size 128; registers leave one block an SM.
 //
-// Chosen when most sequences have many rows (paged_attention.cu) and the head size is at most 128. A row's result has
+// Chosen when most sequences have many rows (paged_attention.cu) and the head size is 64 or 128. A row's result has
 // the same bits as in a tile of 64.
 #include "attend.h"
 #include "many_rows.h"
@@ -22,7 +22,7 @@ prefill_kernel(const PlannedAttention params) {
 struct Prefill {
   template <int kDim, class T>
   static TiledKernel instance() {
-    if constexpr (kDim <= kMostPrefillDim) {
+    if constexpr (takes_prefill(kDim)) {
       using Rows = ManyRows<kDim, T, kWarps>;
       return tiled_kernel<Rows, Rows, prefill_kernel<kDim, T>>();
     } else {

@@ -34,9 +34,10 @@ TiledKernel decode_kernel_for(const AttentionParams& params);
 // Tiles of 16 rows for such sequences, of 64 for the others (mixed.cu); above kMostMixedDim of 64 for all.
 TiledKernel mixed_kernel_for(const AttentionParams& params);
 constexpr int kMostMixedDim = 192;
-// Tiles of 128 rows: prompts (prefill.cu). Head sizes up to kMostPrefillDim.
+// Tiles of 128 rows: prompts (prefill.cu). At other head sizes than these tiles of 64 serve them, to the same bits:
+// above 128 two stages of keys beside 128 rows of Q would not fit shared memory, and between them few models are.
 TiledKernel prefill_kernel_for(const AttentionParams& params);
-constexpr int kMostPrefillDim = 128;  // 128 rows of Q and two stages of keys would not fit shared memory above it
+constexpr bool takes_prefill(int head_dim) { return head_dim == 64 || head_dim == 128; }
 
 // Head sizes that get instances. A build for the shim that checks every access names fewer, as each costs it seconds.
 #ifndef PAGEDCORE_TILED_HEAD_DIMS

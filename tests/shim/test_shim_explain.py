@@ -42,6 +42,8 @@ def explain(gpu: ShimGpu, queries: list[int], max_query_len: int | None = None, 
         ([300, 1], 300, {"split_size": 0}, "mixed"),  # one that decodes has the tiles that it has alone
         ([32, 32], 32, {"split_size": 0}, "mixed"),  # as a replay with other query starts may have one
         ([300, 1], 300, {"split_size": 0, "heads": (17, 1)}, "prefill"),  # none has few rows
+        ([300, 1], 300, {"head_dim": 128}, "prefill"),
+        ([300, 1], 300, {"head_dim": 80}, "mixed"),
         ([300, 1], 300, {"head_dim": 192}, "mixed"),
         ([1, 1, 1], 1, {"head_dim": 256}, "decode"),
         ([1, 1, 1], 1, {"head_dim": 256, "split_size": 64}, "mixed"),
