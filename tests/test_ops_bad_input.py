@@ -103,6 +103,55 @@ def test_wrong_dtype(call: Call, args: Args, name: str, dtype: torch.dtype) -> N
     assert caught.value.argument == name
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int16, torch.bool, torch.complex64])
+def test_a_dtype_that_none_takes_is_named_beside_those_that_do(dtype: torch.dtype) -> None:
+    """In torch and in NumPy, with what to do about it in either."""
+    args = attention_args()
+    args["query"] = args["query"].to(dtype)
+    message = rf"^query: expected dtype float32, float16 or bfloat16, got {str(dtype).removeprefix('torch.')} \(hint: "
+    with pytest.raises(InvalidArgumentError, match=message + r"cast it, as by query\.to\(torch\.float32\)\)$"):
+        ops.paged_attention(**args)
+    if dtype != torch.complex64:
+        with pytest.raises(InvalidArgumentError, match=message + r"cast it, as by query\.astype\('float32'\)\)$"):
+            ops.paged_attention(**{name: t.numpy() for name, t in args.items()})
+
+
+def test_dtypes_that_do_not_go_together_say_which_to_cast() -> None:
+    with pytest.raises(InvalidArgumentError, match=r"^k_cache: .*\(hint: cast query, or allocate the caches in its dt"):
+        call_attention(query=attention_args()["query"].half(), out=None)
+    with pytest.raises(InvalidArgumentError, match=r"^seq_lens: .*\(hint: cast it, as by seq_lens\.to\(torch\.int32\)"):
+        call_attention(seq_lens=attention_args()["seq_lens"].long())
+    with pytest.raises(
+        InvalidArgumentError, match=r"^slot_mapping: .*\(hint: cast it, as by slot_mapping\.to\(torch\.i"
+    ):
+        call_cache(slot_mapping=torch.tensor([1, 2, 3], dtype=torch.int32))
+
+
+def test_tensors_of_torchs_transforms_are_refused_in_a_line() -> None:
+    """They have no memory to look at; torch's own message ends with its C++ stack."""
+    args = attention_args()
+    message = (
+        r"^query: expected a dense tensor with memory of its own \(as inside torch\.func's transforms.* got one .*$"
+    )
+    for transform in (torch.func.vmap, torch.func.grad):
+        with pytest.raises(InvalidArgumentError, match=message) as caught:
+            transform(lambda query: ops.paged_attention(**{**args, "query": query}).sum())(args["query"])
+        assert "\n" not in str(caught.value)
+
+
+def test_strides_of_nothing_mean_nothing() -> None:
+    """A view without elements is taken whatever its strides."""
+    args = attention_args()
+    args["query"] = args["query"][:0]
+    for name in ("block_table", "seq_lens"):
+        args[name] = args[name][:0]
+    args["query_start_loc"] = args["query_start_loc"][:1]
+    args["out"] = torch.empty(args["out"].shape[2], args["out"].shape[1], 0).transpose(0, 2)
+    assert args["out"].stride(2) != 1
+    args["lse"] = args["lse"][:0]
+    assert ops.paged_attention(**args)[0] is args["out"]
+
+
 @pytest.mark.parametrize(("call", "args", "name"), CALLS)
 def test_float16_among_float32(call: Call, args: Args, name: str) -> None:
     with pytest.raises(InvalidArgumentError, match=": expected dtype"):

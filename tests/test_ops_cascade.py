@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,11 @@ REFUSED = [
     (lambda b: replace(b, seq_lens=b.seq_lens.float()), {}, r"^seq_lens: expected dtype int32, got float32"),
     (lambda b: replace(b, block_table=b.block_table.long()), {}, r"^block_table: expected dtype int32, got int64"),
     (lambda b: b, {"block_table_rows": torch.arange(6.0)}, r"^block_table_rows: expected dtype int32, got float32"),
+    (lambda b: b, {"window": math.nan}, r"^window: expected an int, got nan"),
+    (lambda b: b, {"window": math.nan, "max_seq_len": 300}, r"^window: expected an int, got nan"),
+    (lambda b: b, {"window": 500, "max_seq_len": "a"}, r"^max_seq_len: expected an int, got 'a'"),
+    (lambda b: b, {"max_seq_len": "a"}, r"^max_seq_len: expected an int, got 'a'"),
+    (lambda b: b, {"max_seq_len": 300.0}, r"^max_seq_len: expected an int, got 300.0"),
     (lambda b: b, {"num_shared_blocks": 2.0}, r"^num_shared_blocks: expected an int, got 2.0"),
     (lambda b: b, {"sinks": torch.zeros(3)}, r"^sinks: expected num_heads = 4"),
 ]
@@ -275,3 +281,58 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
     results = json.loads(path.read_text())["results"]
     assert [r["case"].rsplit(" ", 1)[1] for r in results] == ["float32", "float16", "bfloat16"]
     assert all(r["baseline"] == "paged_attention" and r["ratio"] > 0 for r in results)
+
+
+# Plans ---------------------------------------------------------------------------------------------------------------
+
+STEP = {"num_shared_blocks": SHARED, "block_size": 16, "num_heads": 4, "num_kv_heads": 4, "head_dim": 64}
+
+
+@pytest.mark.parametrize("library", ["torch", "numpy"])
+def test_a_plan_holds_what_no_layer_changes(library: str) -> None:
+    """On the CPU the lengths alone. Layers that share it give the same bits as without."""
+    batch = sharing([*OWN, 0], [1, 16, 2, 17, 5, 1, 1], heads=(4, 4))
+    args = [tensor.numpy() if library == "numpy" else tensor for tensor in batch.args]
+    plan = ops.plan_cascade(*args[4:], **STEP, num_tokens=len(batch.query), max_query_len=17)
+    assert type(plan) is type(args[0])
+    assert len(plan) == ops.cascade_plan_size(len(batch.query), 7, 4, 4, 64, device="cpu")
+    with_plan = ops.cascade_attention(*args, num_shared_blocks=SHARED, return_lse=True, plan=plan)
+    without = ops.cascade_attention(*args, num_shared_blocks=SHARED, return_lse=True)
+    for a, b in zip(with_plan, without, strict=True):
+        assert np.array_equal(np.asarray(a), np.asarray(b))
+    plan[:] = 0  # it is what is read
+    got = ops.cascade_attention(*args, num_shared_blocks=SHARED, plan=plan)
+    assert not np.array_equal(np.asarray(got), np.asarray(without[0]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_plan_in_a_compiled_function(dtype: torch.dtype) -> None:
+    """Which takes memory that there is: its size is asked of the device."""
+    batch = sharing(OWN, [1] * 6, dtype=dtype)
+    memory = torch.empty(ops.cascade_plan_size(6, 6, 4, 4, 64, device="cpu"), dtype=torch.uint8)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(*args: torch.Tensor) -> torch.Tensor:
+        plan = ops.plan_cascade(*args[4:], **STEP, max_query_len=1, dtype=dtype, out=memory)
+        return ops.cascade_attention(*args, num_shared_blocks=SHARED, plan=plan)
+
+    assert torch.equal(step(*batch.args), cascade(batch)[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "^num_tokens: expected the number of query tokens where max_query_len is not 1 but 3, got None"),
+        ({"num_tokens": 8, "dtype": "int8"}, "^dtype: expected one of"),
+        ({"num_tokens": 8, "out": torch.empty(9, dtype=torch.uint8)}, r"^out: expected \d+ bytes or more, got 9"),
+    ],
+)
+def test_plans_of_what_cannot_be(options: dict[str, Any], message: str) -> None:
+    batch = sharing(OWN, [1, 3, 1, 1, 1, 1])
+    with pytest.raises(InvalidArgumentError, match=message):
+        ops.plan_cascade(*batch.args[4:], **STEP, max_query_len=3, **options)
+
+
+def test_a_plan_that_is_too_small() -> None:
+    with pytest.raises(InvalidArgumentError, match=r"^plan: expected \d+ bytes or more, got 9"):
+        cascade(sharing(OWN, [1] * 6), plan=torch.empty(9, dtype=torch.uint8))

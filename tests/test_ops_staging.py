@@ -172,7 +172,12 @@ def test_the_cpu_plans_as_it_attends() -> None:
         ({"num_heads": 0}, "num_heads: expected 1 to 2147483647, got 0"),
         ({"head_dim": 257}, "head_dim: expected 1 to 256, got 257"),
         ({"v_head_dim": 300}, "v_head_dim: expected 1 to 256, got 300"),
-        ({"max_query_len": -1}, "(num_tokens|max_query_len): expected 0 or more, got -"),
+        ({"max_query_len": -1, "num_tokens": 2}, "max_query_len: expected 0 or more, got -1"),
+        ({"max_query_len": 1, "num_tokens": -2}, "num_tokens: expected 0 or more, got -2"),
+        (
+            {"max_query_len": 4},
+            r"num_tokens: expected the number of query tokens where max_query_len is not 1 but 4, got None",
+        ),
         ({"dtype": "float64"}, "dtype: expected one of"),
         ({"window": 0}, "window: expected 1 or more, got 0"),
         ({"split_size": -2}, "split_size: expected None, 0 or a number of tokens, got -2"),
@@ -181,6 +186,14 @@ def test_the_cpu_plans_as_it_attends() -> None:
 def test_plans_of_what_cannot_be(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidArgumentError, match=f"^{message}"):
         plan(**changes)
+
+
+@pytest.mark.parametrize("size", [ops.attention_workspace_size, ops.attention_plan_size])
+def test_sizes_of_what_cannot_be(size: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"^split_size: expected None, 0 or a number of tokens, got -1"):
+        size(4, 4, 8, 2, 64, device="cpu", split_size=-1)
+    with pytest.raises(TypeError, match=r"^split_size: expected an int or None, got str"):
+        size(4, 4, 8, 2, 64, device="cpu", split_size="a")
 
 
 def test_a_plan_needs_query_starts_that_fit() -> None:

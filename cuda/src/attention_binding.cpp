@@ -110,16 +110,13 @@ void paged_attention(const Arguments<kPagedAttention.count>& arguments) {
   p.max_seq_len = at_least(0, "max_seq_len", optional_int("max_seq_len", max_seq_len).value_or(INT64_MAX));
   const int threads = threads_of(num_threads);
 
-  const Tensor q("query", query), k("k_cache", k_cache), v("v_cache", v_cache), table("block_table", block_table),
-      lens("seq_lens", seq_lens), loc("query_start_loc", query_start_loc), o("out", out);
-  require_dtype(q, kFloats);
+  const Tensor q("query", query, kFloats), k("k_cache", k_cache, kCaches), v("v_cache", v_cache, kCaches),
+      table("block_table", block_table, {DType::i32}), lens("seq_lens", seq_lens, {DType::i32}),
+      loc("query_start_loc", query_start_loc, {DType::i32}), o("out", out);
   p.kv_dtype = require_caches(k, v, q);
   const ScalesArgument k_scales("k_scale", k_scale, p.kv_dtype), v_scales("v_scale", v_scale, p.kv_dtype);
   const Tensor *const ks = k_scales.get(), *const vs = v_scales.get();
   require_same_dtype(o, q);
-  require_dtype(table, {DType::i32});
-  require_dtype(lens, {DType::i32});
-  require_dtype(loc, {DType::i32});
 
   Sizes sizes;
   sizes.match(q, {Axis::num_tokens, Axis::num_heads, Axis::head_dim});
@@ -129,19 +126,16 @@ void paged_attention(const Arguments<kPagedAttention.count>& arguments) {
   sizes.match(table, {given(block_table_rows) ? Axis::table_rows : Axis::num_seqs, Axis::max_blocks});
   sizes.match(loc, {Axis::num_starts});
   sizes.match(o, {Axis::num_tokens, Axis::num_heads, Axis::v_head_dim});
-  const auto checked = [&](const OptionalTensor& argument, DType dtype, Axis axis) {
-    if (argument.get()) {
-      require_dtype(*argument.get(), {dtype});
-      sizes.match(*argument.get(), {axis});
-    }
+  const auto checked = [&](const OptionalTensor& argument, Axis axis) {
+    if (argument.get()) sizes.match(*argument.get(), {axis});
     return argument.get();
   };
-  const OptionalTensor given_rows("block_table_rows", block_table_rows);
-  const Tensor* const rows = checked(given_rows, DType::i32, Axis::num_seqs);
-  const OptionalTensor given_slopes("alibi_slopes", alibi_slopes);
-  const Tensor* const slopes = checked(given_slopes, DType::f32, Axis::num_heads);
-  const OptionalTensor given_sinks("sinks", sinks);
-  const Tensor* const sink_logits = checked(given_sinks, DType::f32, Axis::num_heads);
+  const OptionalTensor given_rows("block_table_rows", block_table_rows, {DType::i32});
+  const Tensor* const rows = checked(given_rows, Axis::num_seqs);
+  const OptionalTensor given_slopes("alibi_slopes", alibi_slopes, {DType::f32});
+  const Tensor* const slopes = checked(given_slopes, Axis::num_heads);
+  const OptionalTensor given_sinks("sinks", sinks, {DType::f32});
+  const Tensor* const sink_logits = checked(given_sinks, Axis::num_heads);
   p.k_scale = k_scales.scales(sizes);
   p.v_scale = v_scales.scales(sizes);
   require_writable(o);
@@ -266,9 +260,8 @@ void plan_attention(const Arguments<kPlanAttention.count>& arguments) {
                   required_int("head_dim", head_dim),           required_int("v_head_dim", v_head_dim),
                   required_int("num_tokens", num_tokens),       0,
                   required_int("max_query_len", max_query_len), dtype_of(py::cast<std::string>(py::handle(dtype)))};
-  const Tensor lens("seq_lens", seq_lens), loc("query_start_loc", query_start_loc), plan("out", out);
-  require_dtype(lens, {DType::i32});
-  require_dtype(loc, {DType::i32});
+  const Tensor lens("seq_lens", seq_lens, {DType::i32}), loc("query_start_loc", query_start_loc, {DType::i32}),
+      plan("out", out);
   Sizes sizes;
   sizes.match(lens, {Axis::num_seqs});
   sizes.match(loc, {Axis::num_starts});
@@ -290,13 +283,12 @@ void plan_attention(const Arguments<kPlanAttention.count>& arguments) {
 
 // (bytes of a plan, bytes of a workspace that has no plan in it) on a device, cuda:`device`, or the CPU for -1: enough
 // for every call of at most these sizes.
-// split_size: -1 where the planner decides.
 py::tuple attention_memory(int device, int64_t num_tokens, int64_t num_seqs, int64_t num_heads, int64_t num_kv_heads,
                            int64_t head_dim, int64_t v_head_dim, int64_t max_query_len, const std::string& dtype,
-                           int64_t split_size) {
+                           const py::object& split_size) {
   AttentionParams p{};
   p.causal = true;
-  p.split_size = split_size;
+  p.split_size = split_size_of(split_size.ptr());
   const PlanShape shape{num_heads,     num_kv_heads,   head_dim,
                         v_head_dim,    num_tokens,     at_least(0, "max_num_seqs", num_seqs),
                         max_query_len, dtype_of(dtype)};

@@ -53,8 +53,10 @@ void require_isa() {
 DType require_caches(const Tensor& k, const Tensor& v, const Tensor& rows) {
   const auto quantised = [](const Tensor& t) { return t.dtype == DType::u8 || t.dtype == DType::e4m3; };
   if (quantised(k) && quantised(v)) return DType::e4m3;
-  require_same_dtype(k, rows);
-  require_same_dtype(v, rows);
+  for (const Tensor* cache : {&k, &v}) {
+    if (cache->dtype != rows.dtype)
+      require_same_dtype(*cache, rows, std::string("cast ") + rows.name + ", or allocate the caches in its dtype");
+  }
   return rows.dtype;
 }
 
@@ -72,9 +74,7 @@ PyObject* scales_of(const char* name, PyObject* value, DType kv_dtype) {
 }  // namespace
 
 ScalesArgument::ScalesArgument(const char* name, PyObject* value, DType kv_dtype)
-    : tensor_(name, scales_of(name, value, kv_dtype)) {
-  if (get()) require_dtype(*get(), {DType::f32});
-}
+    : tensor_(name, scales_of(name, value, kv_dtype), {DType::f32}) {}
 
 Scales ScalesArgument::scales(Sizes& sizes) const {
   if (!get()) return {};

@@ -31,6 +31,7 @@ extern PyMethodDef probe_methods[];
    METH_FASTCALL, "try_" #function text "\n--\n\n"}
 
 inline constexpr std::initializer_list<DType> kFloats = {DType::f32, DType::f16, DType::bf16};
+inline constexpr std::initializer_list<DType> kCaches = {DType::f32, DType::f16, DType::bf16, DType::e4m3, DType::u8};
 
 [[noreturn]] void refuse(const char* argument, std::string expected, std::string got);
 
@@ -60,8 +61,8 @@ void read_heads(AttentionParams& p, const Sizes& sizes, const Tensor& query, con
 // there: of the many that attention takes, that cost as much as the tensors it was given.
 class OptionalTensor {
  public:
-  OptionalTensor(const char* name, PyObject* value) : given_(given(value)) {
-    if (given_) new (&tensor_) Tensor(name, value);
+  OptionalTensor(const char* name, PyObject* value, std::initializer_list<DType> allowed = {}) : given_(given(value)) {
+    if (given_) new (&tensor_) Tensor(name, value, allowed);
   }
   OptionalTensor(const OptionalTensor&) = delete;
   OptionalTensor& operator=(const OptionalTensor&) = delete;

@@ -19,15 +19,13 @@ constexpr Signature kReshapeAndCache{
 void reshape_and_cache(const Arguments<kReshapeAndCache.count>& arguments) {
   const auto& [new_key, new_value, k_cache, v_cache, slot_mapping, k_scale, v_scale, num_threads] = arguments;
   const int threads = threads_of(num_threads);
-  const Tensor key("key", new_key), value("value", new_value), k("k_cache", k_cache), v("v_cache", v_cache),
-      slots("slot_mapping", slot_mapping);
-  require_dtype(key, kFloats);
+  const Tensor key("key", new_key, kFloats), value("value", new_value, kFloats), k("k_cache", k_cache, kCaches),
+      v("v_cache", v_cache, kCaches), slots("slot_mapping", slot_mapping, {DType::i64});
   require_same_dtype(value, key);
   CacheWriteParams p{};
   p.dtype = key.dtype;
   p.kv_dtype = require_caches(k, v, key);
   const ScalesArgument k_scales("k_scale", k_scale, p.kv_dtype), v_scales("v_scale", v_scale, p.kv_dtype);
-  require_dtype(slots, {DType::i64});
   Sizes sizes;
   sizes.match(key, {Axis::num_tokens, Axis::num_kv_heads, Axis::head_dim});
   sizes.match(value, {Axis::num_tokens, Axis::num_kv_heads, Axis::v_head_dim});
@@ -166,7 +164,6 @@ void for_each_gpu_region(const Tensor& ids, const BlockArgs& blocks, const Op& o
 
 // [count, columns], or [count] for one column: int32 without gaps.
 void require_rows(const Tensor& ids, std::initializer_list<Axis> axes, int64_t columns) {
-  require_dtype(ids, {DType::i32});
   Sizes sizes;
   sizes.match(ids, axes);
   if (columns > 1 && (ids.shape[1] != columns || (ids.shape[0] > 1 && ids.strides[0] != columns))) {
@@ -181,7 +178,7 @@ void copy_blocks(const Arguments<kCopyBlocks.count>& arguments) {
   const auto& [caches, src_dst, num_threads] = arguments;
   const int threads = threads_of(num_threads);
   const BlockArgs blocks(caches);
-  const Tensor pairs("pairs", src_dst);
+  const Tensor pairs("pairs", src_dst, {DType::i32});
   require_rows(pairs, {Axis::num_pairs, Axis::pair}, 2);
   blocks.require_apart(pairs);
   const auto* const ids = pairs.as<const int32_t>();
@@ -200,7 +197,7 @@ void zero_blocks(const Arguments<kZeroBlocks.count>& arguments) {
   const auto& [caches, block_ids, num_threads] = arguments;
   const int threads = threads_of(num_threads);
   const BlockArgs blocks(caches);
-  const Tensor ids("blocks", block_ids);
+  const Tensor ids("blocks", block_ids, {DType::i32});
   require_rows(ids, {Axis::count}, 1);
   blocks.require_apart(ids);
   const auto* const list = ids.as<const int32_t>();
@@ -222,7 +219,7 @@ struct StagedArgs {
   bool cuda;
 
   StagedArgs(PyObject* caches, PyObject* block_ids, const char* name, PyObject* buffer)
-      : blocks(caches), ids("blocks", block_ids), staging(name, buffer) {
+      : blocks(caches), ids("blocks", block_ids, {DType::i32}), staging(name, buffer) {
     require_rows(ids, {Axis::count}, 1);
     list = ids.as<const int32_t>();
     count = ids.shape[0];
@@ -286,8 +283,7 @@ constexpr Signature kUpdateBlockTable{"update_block_table", 2, 2, "table", "upda
 
 void update_block_table(const Arguments<kUpdateBlockTable.count>& arguments) {
   const auto& [block_table, row_index_block] = arguments;
-  const Tensor table("table", block_table), updates("updates", row_index_block);
-  require_dtype(table, {DType::i32});
+  const Tensor table("table", block_table, {DType::i32}), updates("updates", row_index_block, {DType::i32});
   Sizes sizes;
   sizes.match(table, {Axis::table_rows, Axis::max_blocks});
   require_rows(updates, {Axis::num_updates, Axis::update}, 3);

@@ -40,8 +40,8 @@ void raise(const ArgumentError& error) {
   const py::object instance =
       error.fault == Fault::block
           ? type(error.what(), py::arg("block") = error.block, py::arg("num_blocks") = error.num_blocks)
-          : type(error.what(), py::arg("argument") = error.argument, py::arg("expected") = error.expected,
-                 py::arg("got") = error.got);
+          : type(error.what(), py::arg("hint") = error.hint, py::arg("argument") = error.argument,
+                 py::arg("expected") = error.expected, py::arg("got") = error.got);
   PyErr_SetObject(type.ptr(), instance.ptr());
 }
 

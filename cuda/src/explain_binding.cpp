@@ -1,4 +1,6 @@
 // Which kernel attention takes for given tensors, without running it.
+#include <cstring>
+
 #include "binding.h"
 #include "cpu.h"
 #include "isa.h"
@@ -16,9 +18,9 @@ py::tuple explain_attention(const py::object& query, const py::object& k_cache, 
   const auto seqs = optional_int("num_seqs", num_seqs.ptr());
   if (!seqs) throw ArgumentError(Fault::type, "num_seqs", "an int", "None");
   const auto longest = optional_int("max_query_len", max_query_len.ptr());
-  const Tensor q("query", query.ptr()), k("k_cache", k_cache.ptr()), v("v_cache", v_cache.ptr());
+  const Tensor q("query", query.ptr(), kFloats), k("k_cache", k_cache.ptr(), kCaches),
+      v("v_cache", v_cache.ptr(), kCaches);
   AttentionParams p{};
-  require_dtype(q, kFloats);
   p.kv_dtype = require_caches(k, v, q);
   p.dtype = q.dtype;
   Sizes sizes;
@@ -36,7 +38,14 @@ py::tuple explain_attention(const py::object& query, const py::object& k_cache, 
   p.k = pages_of(k);
   p.v = pages_of(v);
   if (require_one_device({&q, &k, &v}).cuda) {
-    if constexpr (kGpuBuilt) return py::make_tuple(gpu::kernel_name(p), gpu::why_not_tiled(p));
+    if constexpr (kGpuBuilt) {
+      const char* const kernel = gpu::kernel_name(p);
+      py::object reason = py::cast(gpu::why_not_tiled(p));
+      if (reason.is_none() && !longest && p.num_seqs > 1 && std::strcmp(kernel, "decode") != 0)
+        reason = py::str("max_query_len was not given, so that one query may have all " + std::to_string(p.num_tokens) +
+                         " tokens");
+      return py::make_tuple(kernel, reason);
+    }
   }
   require_isa();
   const cpu::Isa& isa = cpu::selected_isa();

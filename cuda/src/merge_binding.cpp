@@ -21,19 +21,17 @@ PartialOutput partial_output(Sizes& sizes, const Tensor& out, const Tensor& lse)
 void merge_states(const Arguments<kMergeStates.count>& arguments) {
   const auto& [o_a, lse_a, o_b, lse_b, out, lse, sinks, num_threads] = arguments;
   const int threads = threads_of(num_threads);
-  const Tensor a("o_a", o_a), a_lse("lse_a", lse_a), b("o_b", o_b), b_lse("lse_b", lse_b), total("out", out),
+  const Tensor a("o_a", o_a, kFloats), a_lse("lse_a", lse_a), b("o_b", o_b), b_lse("lse_b", lse_b), total("out", out),
       total_lse("lse", lse);
-  require_dtype(a, kFloats);
   for (const Tensor* t : {&b, &total}) require_same_dtype(*t, a);
   Sizes sizes;
   MergeParams p{};
   p.a = partial_output(sizes, a, a_lse);
   p.b = partial_output(sizes, b, b_lse);
   p.total = partial_output(sizes, total, total_lse);
-  const OptionalTensor sink_logits("sinks", sinks);
+  const OptionalTensor sink_logits("sinks", sinks, {DType::f32});
   const Tensor* const logits = sink_logits.get();
   if (logits) {
-    require_dtype(*logits, {DType::f32});
     sizes.match(*logits, {Axis::num_heads});
     p.sinks = logits->as<const float>();
   }

@@ -53,7 +53,7 @@ void require_cpu(const Tensor& tensor) {
 }
 
 void refuse_device(int device) {
-  throw ArgumentError(Fault::unsupported, "device", "none, as this build of pagedcore has no GPU kernels",
+  throw ArgumentError(Fault::unsupported, "device", "the CPU, as this build of pagedcore has no GPU kernels",
                       device_text({true, device}));
 }
 

@@ -59,6 +59,19 @@ const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
 }
 
 constexpr auto kNoType = static_cast<dlpack::TypeCode>(255);
+constexpr std::initializer_list<DType> kAllDTypes = {DType::f32, DType::f16, DType::bf16, DType::e4m3,
+                                                     DType::i32, DType::i64, DType::u8};
+
+// Such as "float32, float16 or bfloat16".
+std::string dtype_names(std::initializer_list<DType> dtypes) {
+  std::string names;
+  size_t left = dtypes.size();
+  for (const DType dtype : dtypes) {
+    names += (names.empty() ? "" : left == 1 ? " or " : ", ") + std::string(dtype_name(dtype));
+    --left;
+  }
+  return names;
+}
 
 std::string shape_text(const Tensor& tensor) {
   std::string text = "[";
@@ -68,13 +81,16 @@ std::string shape_text(const Tensor& tensor) {
 
 }  // namespace
 
-Tensor::Tensor(const char* name, py::handle object) : name(name) {
+Tensor::Tensor(const char* name, py::handle object, std::initializer_list<DType> allowed)
+    : name(name), allowed_(allowed) {
   if (!from_exchange_api(object) && !from_buffer(object) && !from_array_interface(object) && !from_attributes(object) &&
       !from_cuda_array_interface(object)) {
     throw ArgumentError(Fault::type, name,
                         "a tensor (torch, NumPy, CuPy, or any with DLPack's C exchange API or the buffer protocol)",
                         Py_TYPE(object.ptr())->tp_name);
   }
+  if (allowed.size() != 0 && std::find(allowed.begin(), allowed.end(), dtype) == allowed.end())
+    refuse_dtype(dtype_name(dtype));
   require_memory();
 }
 
@@ -127,9 +143,35 @@ bool Tensor::set_dtype(uint8_t code, int bits) {
   return true;
 }
 
+std::string Tensor::type_name(uint8_t code, int bits) {
+  switch (code) {
+    case dlpack::kInt:
+      return "int" + std::to_string(bits);
+    case dlpack::kUInt:
+      return "uint" + std::to_string(bits);
+    case dlpack::kFloat:
+      return "float" + std::to_string(bits);
+    case dlpack::kBfloat:
+      return "bfloat" + std::to_string(bits);
+    case dlpack::kComplex:
+      return "complex" + std::to_string(bits);
+    case dlpack::kBool:
+      return "bool";
+    default:
+      return "DLPack type (" + std::to_string(code) + ", " + std::to_string(bits) + " bits)";
+  }
+}
+
 void Tensor::refuse_dtype(const std::string& shown) const {
-  throw ArgumentError(Fault::invalid_argument, name,
-                      "dtype float32, float16, bfloat16, float8_e4m3fn, int32, int64 or uint8", shown);
+  if (allowed_.size() == 0) {
+    throw ArgumentError(Fault::invalid_argument, name, "dtype " + dtype_names(kAllDTypes), shown);
+  }
+  ArgumentError error(Fault::invalid_argument, name, "dtype " + dtype_names(allowed_), shown);
+  const bool torch = source == Source::exchange_api || source == Source::attributes;
+  const std::string wanted = dtype_name(*allowed_.begin());
+  error.hint =
+      "cast it, as by " + std::string(name) + (torch ? ".to(torch." + wanted + ")" : ".astype('" + wanted + "')");
+  throw error;
 }
 
 bool Tensor::from_exchange_api(py::handle object) {
@@ -140,9 +182,13 @@ bool Tensor::from_exchange_api(py::handle object) {
     std::string reason = "one that DLPack cannot show";
     if (PyErr_Occurred()) {
       const py::error_already_set error;
-      reason += std::string(" (") + error.what() + ")";
+      const std::string text = error.what();  // some libraries add their stack
+      reason += " (" + text.substr(0, text.find('\n')) + ")";
     }
-    throw ArgumentError(Fault::invalid_argument, name, "a dense tensor with memory of its own", reason);
+    throw ArgumentError(Fault::invalid_argument, name,
+                        "a dense tensor with memory of its own (as inside torch.func's transforms, such as vmap and "
+                        "grad, and on device 'meta' there is none)",
+                        reason);
   }
   source = Source::exchange_api;
   exchange = api;
@@ -150,9 +196,7 @@ bool Tensor::from_exchange_api(py::handle object) {
   if (view.ndim > kMaxDims)
     throw ArgumentError(Fault::invalid_argument, name, "at most 6 dimensions", std::to_string(view.ndim));
   if (view.dtype.lanes != 1) throw ArgumentError(Fault::invalid_argument, name, "a scalar dtype", "a vector dtype");
-  if (!set_dtype(view.dtype.code, view.dtype.bits)) {
-    refuse_dtype("DLPack type (" + std::to_string(view.dtype.code) + ", " + std::to_string(view.dtype.bits) + " bits)");
-  }
+  if (!set_dtype(view.dtype.code, view.dtype.bits)) refuse_dtype(type_name(view.dtype.code, view.dtype.bits));
   data = static_cast<char*>(view.data) + view.byte_offset;
   ndim = view.ndim;
   int64_t dense = 1;
@@ -176,13 +220,15 @@ bool Tensor::from_buffer(py::handle object) {
   const char* format = view.format ? view.format : "B";
   if (*format == '@' || *format == '=' || *format == '<') ++format;
   const bool single = format[0] != '\0' && format[1] == '\0';
-  const dlpack::TypeCode code = !single                       ? kNoType
-                                : std::strchr("fe", *format)  ? dlpack::kFloat
-                                : std::strchr("ilq", *format) ? dlpack::kInt
-                                : *format == 'B'              ? dlpack::kUInt
-                                                              : kNoType;
-  if (!set_dtype(code, static_cast<int>(view.itemsize) * 8))
-    refuse_dtype(std::string("buffer format '") + (view.format ? view.format : "B") + "'");
+  const dlpack::TypeCode code = !single                         ? kNoType
+                                : std::strchr("efd", *format)   ? dlpack::kFloat
+                                : std::strchr("bhilq", *format) ? dlpack::kInt
+                                : std::strchr("BHILQ", *format) ? dlpack::kUInt
+                                : *format == '?'                ? dlpack::kBool
+                                                                : kNoType;
+  const int bits = static_cast<int>(view.itemsize) * 8;
+  if (!set_dtype(code, bits))
+    refuse_dtype(code == kNoType ? std::string("buffer format '") + view.format + "'" : type_name(code, bits));
   if (view.ndim > kMaxDims)
     throw ArgumentError(Fault::invalid_argument, name, "at most 6 dimensions", std::to_string(view.ndim));
   data = static_cast<char*>(view.buf);
@@ -270,9 +316,9 @@ bool Tensor::from_attributes(py::handle object) {
                {"torch.uint8", dlpack::kUInt, 8},
                {"torch.float8_e4m3fn", dlpack::kFloat8E4m3fn, 8}};
   const auto* known = std::find_if(std::begin(types), std::end(types), [&](const auto& t) { return type == t.name; });
+  source = Source::attributes;
   if (known == std::end(types)) refuse_dtype("dtype " + type);
   set_dtype(known->code, known->bits);
-  source = Source::attributes;
   const auto device_type = py::cast<std::string>(object.attr("device").attr("type"));
   if (device_type == "cuda") {
     set_device(dlpack::kCUDA, py::cast<int>(object.attr("device").attr("index")));
@@ -346,7 +392,7 @@ void Sizes::match(const Tensor& tensor, std::initializer_list<Axis> axes) {
     }
   }
   const auto last = static_cast<size_t>(tensor.ndim - 1);
-  if (tensor.ndim > 0 && tensor.shape[last] > 1 && tensor.strides[last] != 1) {
+  if (tensor.ndim > 0 && tensor.shape[last] > 1 && tensor.strides[last] != 1 && !tensor.empty()) {
     throw ArgumentError(Fault::invalid_argument, tensor.name, "a contiguous last axis (stride 1)",
                         "stride " + std::to_string(tensor.strides[last]));
   }
@@ -372,19 +418,17 @@ const char* dtype_name(DType dtype) {
 }
 
 void require_dtype(const Tensor& tensor, std::initializer_list<DType> allowed) {
-  std::string names;
-  for (const DType dtype : allowed) {
-    if (tensor.dtype == dtype) return;
-    names += (names.empty() ? "" : " or ") + std::string(dtype_name(dtype));
-  }
-  throw ArgumentError(Fault::invalid_argument, tensor.name, "dtype " + names, dtype_name(tensor.dtype));
+  if (std::find(allowed.begin(), allowed.end(), tensor.dtype) != allowed.end()) return;
+  throw ArgumentError(Fault::invalid_argument, tensor.name, "dtype " + dtype_names(allowed), dtype_name(tensor.dtype));
 }
 
-void require_same_dtype(const Tensor& tensor, const Tensor& reference) {
+void require_same_dtype(const Tensor& tensor, const Tensor& reference, const std::string& hint) {
   if (tensor.dtype == reference.dtype) return;
-  throw ArgumentError(Fault::invalid_argument, tensor.name,
+  ArgumentError error(Fault::invalid_argument, tensor.name,
                       std::string("dtype ") + dtype_name(reference.dtype) + " (as " + reference.name + " has)",
                       dtype_name(tensor.dtype));
+  error.hint = hint;
+  throw error;
 }
 
 void require_writable(const Tensor& tensor) {

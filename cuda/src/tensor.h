@@ -32,7 +32,8 @@ class Tensor {
 
   static constexpr int kMaxDims = 6;
 
-  Tensor(const char* name, pybind11::handle object);
+  // One whose dtype is not among `allowed` is refused; empty: any that pagedcore knows.
+  Tensor(const char* name, pybind11::handle object, std::initializer_list<DType> allowed = {});
   Tensor(const Tensor&) = delete;
   Tensor& operator=(const Tensor&) = delete;
 
@@ -63,8 +64,9 @@ class Tensor {
   bool from_attributes(pybind11::handle object);
   // Sizes and byte strides as a tuple each, the second None where the array is dense.
   void set_layout(pybind11::handle shape, pybind11::handle byte_strides);
-  // False for a type that is none of DType's.
+  // False for a type that is none of DType's. What such a type is called is for messages.
   bool set_dtype(uint8_t code, int bits);
+  static std::string type_name(uint8_t code, int bits);
   [[noreturn]] void refuse_dtype(const std::string& shown) const;
   void set_device(int32_t type, int32_t id);
   void require_memory() const;
@@ -81,6 +83,7 @@ class Tensor {
     }
   };
   Buffer buffer_;
+  std::initializer_list<DType> allowed_;  // while it is made
 };
 
 // What an axis counts, as shapes in messages name it.
@@ -121,7 +124,7 @@ class Sizes {
 
 const char* dtype_name(DType dtype);
 void require_dtype(const Tensor& tensor, std::initializer_list<DType> allowed);
-void require_same_dtype(const Tensor& tensor, const Tensor& reference);
+void require_same_dtype(const Tensor& tensor, const Tensor& reference, const std::string& hint = {});
 // Memory that may be written, with a place of its own for every element.
 void require_writable(const Tensor& tensor);
 // Memory without gaps, in the order of the axes.

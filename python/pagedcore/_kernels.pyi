@@ -81,7 +81,7 @@ def attention_memory(
     v_head_dim: int,
     max_query_len: int,
     dtype: str,
-    split_size: int,
+    split_size: int | None,
 ) -> tuple[int, int]: ...
 def explain_attention(
     query: Any, k_cache: Any, v_cache: Any, num_seqs: int, max_query_len: int | None, split_size: int | None

@@ -46,33 +46,39 @@ class AttentionStep:
     block_table_rows: torch.Tensor | None = None  # int32 [num_seqs]: the table's row of each sequence; None: row i
     workspace: torch.Tensor | None = None  # uint8, on a device: `ops.attention_workspace_size` bytes
     num_shared_blocks: int = 0  # that all sequences begin with and that are to be read once
-    _plans: dict[int | None, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
+    _plans: dict[tuple[int | None, ...], torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def shared_blocks(self, window: int | None) -> int:
         """Blocks that layers with this window read once: none where it may hide a part of them."""
         hides = window is not None and (self.max_seq_len is None or window < self.max_seq_len)
         return 0 if hides else self.num_shared_blocks
 
-    def plan(
-        self, query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, window: int | None
-    ) -> torch.Tensor | None:
-        """The work plan of layers with this window: made by the first of them, and shared, since the layers of a model
-        agree in everything else that it depends on. None on the CPU, whose kernels plan by themselves.
+    def plan(self, query: torch.Tensor, v_cache: torch.Tensor, window: int | None) -> torch.Tensor | None:
+        """The work plan of layers with these heads and this window: made by the first of them, and shared by all that
+        agree. None on the CPU, whose kernels plan by themselves.
         """
         if self.workspace is None:
             return None
-        plan = self._plans.get(window)
+        num_tokens, num_heads, head_dim = query.shape
+        _, num_kv_heads, block_size, v_head_dim = v_cache.shape
+        key = (window, num_heads, num_kv_heads, head_dim, v_head_dim)
+        plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[window] = ops.plan_attention(
+            shared = self.shared_blocks(window)
+            make = (
+                partial(ops.plan_cascade, num_shared_blocks=shared, block_size=block_size)
+                if shared
+                else partial(ops.plan_attention, window=window)
+            )
+            plan = self._plans[key] = make(
                 self.seq_lens,
                 self.query_start_loc,
-                num_heads=query.shape[1],
-                num_kv_heads=k_cache.shape[1],
-                head_dim=query.shape[2],
-                v_head_dim=v_cache.shape[3],
-                num_tokens=query.shape[0],
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
+                v_head_dim=v_head_dim,
+                num_tokens=num_tokens,
                 max_query_len=self.max_query_len,
-                window=window,
                 dtype=query.dtype,
             )
         return plan
@@ -139,8 +145,7 @@ def paged_attention_forward(
         if shared:
             attend = partial(ops.cascade_attention, num_shared_blocks=shared)
         else:
-            plan = pagedcore_step.plan(queries, k_cache, v_cache, sliding_window)
-            attend = partial(ops.paged_attention, plan=plan, workspace=pagedcore_step.workspace)
+            attend = partial(ops.paged_attention, workspace=pagedcore_step.workspace)
         out = attend(
             queries,
             k_cache,
@@ -157,6 +162,7 @@ def paged_attention_forward(
             max_query_len=pagedcore_step.max_query_len,
             max_seq_len=pagedcore_step.max_seq_len,
             block_table_rows=pagedcore_step.block_table_rows,
+            plan=pagedcore_step.plan(queries, v_cache, sliding_window),
         )
         return out.unsqueeze(0), None
     if not isinstance(pagedcore_step, AttentionProbe):

@@ -8,7 +8,6 @@ one result of both, and adds the sinks.
 from __future__ import annotations
 
 import functools
-import math
 import operator
 import sys
 from dataclasses import dataclass
@@ -16,11 +15,21 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from pagedcore.cascade_plan import parts_of, place, plan_places, write_plan
 from pagedcore.errors import InvalidArgumentError, UnsupportedError
 from pagedcore.layout import ITEM_SIZES, dtype_name
-from pagedcore.tensors import array_module, carve, device_index, device_of, new_bytes, new_lse, new_out, require_axes
-
-_ALIGNMENT = 256  # bytes: every part of a workspace begins on one
+from pagedcore.tensors import (
+    array_module,
+    carve,
+    device_index,
+    device_of,
+    hide,
+    new_bytes,
+    new_lse,
+    new_out,
+    require_axes,
+    sliceable,
+)
 
 
 def cascade_attention(
@@ -47,6 +56,7 @@ def cascade_attention(
     max_seq_len: int | None = None,
     block_table_rows: Any = None,
     split_size: int | None = None,
+    plan: Any = None,
     workspace: Any = None,
     num_threads: int | None = None,
 ) -> Any:
@@ -59,6 +69,9 @@ def cascade_attention(
 
     The two passes round their outputs to the query's dtype before they are merged: one rounding more than
     `paged_attention` has.
+
+    plan: of `plan_cascade`, which all layers of a step share that agree in what it is made from. What is absent is
+    planned for this call.
 
     workspace: uint8 ``[cascade_workspace_size(...)]`` of one's own, of the query's library and device, that begins on
     16 bytes. All that lies between the passes is kept in it: with it, `out`, and `lse` if one is wanted, nothing is
@@ -75,7 +88,7 @@ def cascade_attention(
     if lse is None and return_lse:
         lse = new_lse(query, "query", "head_dim")
     tensors = (query, k_cache, v_cache, block_table, seq_lens, query_start_loc, out, lse, sinks, k_scale, v_scale)
-    traced = ops.is_compiling() or ops.any_subclass(*tensors, block_table_rows, workspace)
+    traced = ops.is_compiling() or ops.any_subclass(*tensors, block_table_rows, plan, workspace)
     attend = sys.modules["torch"].ops.pagedcore.cascade_attention if traced else attend_in_parts
     attend(
         query,
@@ -96,6 +109,7 @@ def cascade_attention(
         max_query_len=max_query_len,
         max_seq_len=max_seq_len,
         block_table_rows=block_table_rows,
+        plan=plan,
         workspace=workspace,
         num_threads=num_threads,
     )
@@ -139,6 +153,7 @@ def attend_in_parts(
     max_query_len: int | None = None,
     max_seq_len: int | None = None,
     block_table_rows: Any = None,
+    plan: Any = None,
     workspace: Any = None,
     num_threads: int | None = None,
 ) -> None:
@@ -147,6 +162,7 @@ def attend_in_parts(
 
     block_table, block_table_rows = sliceable(block_table), sliceable(block_table_rows)
     num_shared_blocks = _whole("num_shared_blocks", num_shared_blocks)
+    max_seq_len = None if max_seq_len is None else _whole("max_seq_len", max_seq_len)
     num_tokens, num_heads, head_dim = require_axes("query", query, "num_tokens", "num_heads", "head_dim")
     num_kv_heads, block_size = require_axes("k_cache", k_cache, "num_blocks", "num_kv_heads", "block_size", "dim")[1:3]
     v_head_dim = require_axes("v_cache", v_cache, "num_blocks", "num_kv_heads", "block_size", "v_head_dim")[3]
@@ -172,27 +188,40 @@ def attend_in_parts(
             **options,
         )
         return
-    device = device_of(query)
+    device, dtype = device_of(query), dtype_name(_dtype_of(query))
     sizes = (num_tokens, call.num_seqs, num_heads, num_kv_heads, head_dim, v_head_dim)
-    places = _places(*sizes, dtype_name(_dtype_of(query)), device)
+    places, in_plan = _places(*sizes, dtype, device), plan_places(*sizes, dtype, device)
     if workspace is None:
         workspace = new_bytes(query, places["end"])
     else:
         workspace = sliceable(workspace)
-        _require_bytes(workspace, places["end"], beside=query)
+        _require_bytes("workspace", workspace, places["end"], beside=query)
 
     def part(name: str, dtype: Any, *shape: int) -> Any:
         return carve(workspace, places[name], shape, dtype)
 
     states = [part(name, _dtype_of(query), num_tokens, num_heads, v_head_dim) for name in ("shared", "own")]
     lses = [part(name, "float32", num_tokens, num_heads) for name in ("shared lse", "own lse")]
-    shared_len, starts = part("length", "int32", 1), part("starts", "int32", 2)
-    own_lens = part("own lengths", "int32", call.num_seqs)
-    shared_tokens = num_shared_blocks * block_size
-    fill(shared_len, shared_tokens)
-    fill(starts[:1], 0)
-    fill(starts[1:], num_tokens)
-    subtract(seq_lens, shared_tokens, own_lens)
+    if plan is None:
+        plan = part("plan", "uint8", in_plan["end"])
+        write_plan(
+            seq_lens,
+            query_start_loc,
+            plan,
+            shared_tokens=num_shared_blocks * block_size,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            v_head_dim=v_head_dim,
+            num_tokens=num_tokens,
+            max_query_len=num_tokens if max_query_len is None else max_query_len,
+            dtype=dtype,
+            causal=causal,
+        )
+    else:
+        plan = sliceable(plan)
+        _require_bytes("plan", plan, in_plan["end"], beside=query)
+    parts = parts_of(plan, in_plan, call.num_seqs)
     # The passes run one after the other, so they share what memory they need themselves.
     memory = carve(workspace, places["attention"], (places["end"] - places["attention"],), "uint8")
     first = slice(call.donor, call.donor + 1)
@@ -201,13 +230,14 @@ def attend_in_parts(
         k_cache,
         v_cache,
         block_table[:, :num_shared_blocks] if block_table_rows is not None else block_table[first, :num_shared_blocks],
-        shared_len,
-        starts,
+        parts.shared_len,
+        parts.starts,
         causal=False,
         out=states[0],
         lse=lses[0],
         max_query_len=num_tokens,
         block_table_rows=None if block_table_rows is None else block_table_rows[first],
+        plan=parts.shared,
         workspace=memory,
         **options,
     )
@@ -216,13 +246,14 @@ def attend_in_parts(
         k_cache,
         v_cache,
         block_table[:, num_shared_blocks:],
-        own_lens,
+        parts.own_lens,
         query_start_loc,
         causal=causal,
         out=states[1],
         lse=lses[1],
         max_query_len=max_query_len,
         block_table_rows=block_table_rows,
+        plan=parts.own,
         workspace=memory,
         **options,
     )
@@ -236,6 +267,9 @@ def attend_in_parts(
 
 def _refuse_options(window: int | None, max_seq_len: int | None, alibi_slopes: Any, split_size: int | None) -> None:
     name, got, expected, reason = "", "", "none", ""
+    if window is not None:
+        window = _whole("window", window)
+        max_seq_len = None if max_seq_len is None else _whole("max_seq_len", max_seq_len)
     if window is not None and (max_seq_len is None or window < max_seq_len):
         limit = "max_seq_len" if max_seq_len is not None else "max_seq_len, which was not given"
         name, got, expected = "window", str(window), f"none, or one no shorter than {limit}"
@@ -353,33 +387,29 @@ def _places(
     rows = num_tokens * num_heads
     state = rows * v_head_dim * ITEM_SIZES[dtype]
     sizes = {"shared": state, "own": state, "shared lse": 4 * rows, "own lse": 4 * rows, "lse": 4 * rows, "mask": rows}
-    sizes |= {"length": 4, "starts": 8, "own lengths": 4 * num_seqs}
+    heads = (num_heads, num_kv_heads, head_dim)
+    sizes["plan"] = plan_places(num_tokens, num_seqs, *heads, v_head_dim, dtype, device)["end"]
     sizes["attention"] = ops.attention_workspace_size(
-        num_tokens, num_seqs, num_heads, num_kv_heads, head_dim, v_head_dim=v_head_dim, dtype=dtype, device=device
+        num_tokens, num_seqs, *heads, v_head_dim=v_head_dim, dtype=dtype, device=device
     )
-    places, at = {}, 0
-    for name, size in sizes.items():
-        places[name] = at
-        at += -(-size // _ALIGNMENT) * _ALIGNMENT
-    places["end"] = at
-    return places
+    return place(sizes)
 
 
-def _require_bytes(workspace: Any, size: int, *, beside: Any) -> None:
-    (got,) = require_axes("workspace", workspace, "bytes")
-    if (dtype := _name_of_dtype(workspace)) != "uint8":
-        _refuse("workspace", "dtype uint8", dtype)
+def _require_bytes(name: str, memory: Any, size: int, *, beside: Any) -> None:
+    (got,) = require_axes(name, memory, "bytes")
+    if (dtype := _name_of_dtype(memory)) != "uint8":
+        _refuse(name, "dtype uint8", dtype)
     if got < size:
-        _refuse("workspace", f"{size} bytes or more", got)
+        _refuse(name, f"{size} bytes or more", got)
     of_torch = hasattr(beside, "data_ptr")
-    if hasattr(workspace, "data_ptr") != of_torch:
-        _refuse("workspace", f"{'a torch tensor' if of_torch else 'an array'}, as query is", type(workspace).__name__)
-    if (device := device_of(workspace)) != (wanted := device_of(beside)):
-        _refuse("workspace", f"the device of query, {_name_of_device(wanted)}", _name_of_device(device))
-    if (stride := workspace.stride(0) if of_torch else workspace.strides[0]) != 1:
-        _refuse("workspace", "bytes one after another", f"stride {stride}")
-    if _address_of(workspace) % 16:
-        _refuse("workspace", "memory that begins on 16 bytes", f"address {_address_of(workspace):#x}")
+    if hasattr(memory, "data_ptr") != of_torch:
+        _refuse(name, f"{'a torch tensor' if of_torch else 'an array'}, as query is", type(memory).__name__)
+    if (device := device_of(memory)) != (wanted := device_of(beside)):
+        _refuse(name, f"the device of query, {_name_of_device(wanted)}", _name_of_device(device))
+    if (stride := memory.stride(0) if of_torch else memory.strides[0]) != 1:
+        _refuse(name, "bytes one after another", f"stride {stride}")
+    if _address_of(memory) % 16:
+        _refuse(name, "memory that begins on 16 bytes", f"address {_address_of(memory):#x}")
 
 
 def _whole(name: str, value: Any) -> int:
@@ -409,40 +439,3 @@ def _address_of(memory: Any) -> int:
         return int(memory.data_ptr())
     interface = getattr(memory, "__cuda_array_interface__", None) or memory.__array_interface__
     return int(interface["data"][0])
-
-
-def sliceable(tensor: Any) -> Any:
-    """A memoryview as an array; what the libraries made themselves, and None, as it is."""
-    return np.asarray(tensor) if isinstance(tensor, memoryview) else tensor
-
-
-# What torch, NumPy and CuPy call differently. Each is put on the current stream, and allocates nothing.
-
-
-def fill(out: Any, value: int) -> None:
-    """Every element of out becomes value."""
-    if hasattr(out, "fill_"):
-        out.fill_(value)
-    else:
-        out.fill(value)
-
-
-def subtract(lens: Any, tokens: int, out: Any) -> None:
-    """``out = max(lens - tokens, 0)``."""
-    if hasattr(out, "fill_"):
-        sys.modules["torch"].sub(lens, tokens, out=out).clamp_(min=0)
-    else:
-        xp = array_module(out)
-        xp.subtract(lens, tokens, out=out)
-        xp.maximum(out, 0, out=out)
-
-
-def hide(lse_shared: Any, lse_own: Any, mask: Any) -> None:
-    """``lse_shared = -inf`` where lse_own is: a query sees itself at least, or it is padding. mask is overwritten."""
-    if hasattr(mask, "fill_"):
-        sys.modules["torch"].eq(lse_own, -math.inf, out=mask)
-        lse_shared.masked_fill_(mask, -math.inf)
-    else:
-        xp = array_module(mask)
-        xp.equal(lse_own, -math.inf, out=mask)
-        xp.copyto(lse_shared, -math.inf, where=mask)

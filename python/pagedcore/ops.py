@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 from pagedcore import _kernels
 from pagedcore.cascade import cascade_attention as cascade_attention
 from pagedcore.cascade import cascade_workspace_size as cascade_workspace_size
+from pagedcore.cascade_plan import cascade_plan_size as cascade_plan_size
+from pagedcore.cascade_plan import plan_cascade as plan_cascade
 from pagedcore.layout import dtype_name
 from pagedcore.tensors import (
     block_tensors,
@@ -30,6 +32,7 @@ from pagedcore.tensors import (
     new_like,
     new_lse,
     new_out,
+    query_tokens,
     require_axes,
 )
 
@@ -198,9 +201,10 @@ def explain_attention(
 ) -> str:
     """Which kernel `paged_attention` runs for these tensors (arguments as it has them), and why it is not a faster one.
 
-    On a GPU "decode", "mixed" or "prefill", which use tensor cores, or "generic: " and what keeps them from it; without
-    max_query_len one long query is taken for granted, as `paged_attention` does there. On the CPU "streaming" or
-    "packed", by each sequence's own query, and the instruction set. Nothing is run, and no contents are read.
+    On a GPU "decode", "mixed" or "prefill", which use tensor cores, or "generic: " and what keeps them from it. Without
+    max_query_len one query there may have all tokens, as `paged_attention` has to take it; where that made the choice
+    it is said. On the CPU "streaming" or "packed", by each sequence's own query, and the instruction set. Nothing is
+    run, and no contents are read.
     """
     kernel, reason = _kernels.explain_attention(query, k_cache, v_cache, num_seqs, max_query_len, split_size)
     return kernel if reason is None else f"{kernel}: {reason}"
@@ -254,7 +258,8 @@ def plan_attention(
     what the lengths hold then, without waiting for it, so that a captured graph plans anew at each replay.
 
     The calls that use it must have these same lengths, heads, head sizes, dtype (of the queries), mask, split_size and
-    max_query_len, and as many query tokens as num_tokens says (absent: num_seqs * max_query_len).
+    max_query_len, and num_tokens query tokens (rows of `query`, padding included). num_tokens can be left out where
+    max_query_len is 1 alone, for a token a sequence: how many there are is known to the device, which nobody asks.
 
     Returns `out`: uint8 ``[attention_plan_size(...)]``, allocated if absent. On the CPU there is nothing to plan, and
     it has no elements.
@@ -262,12 +267,10 @@ def plan_attention(
     shape = require_axes("seq_lens", seq_lens, "num_seqs")
     if v_head_dim is None:
         v_head_dim = head_dim
-    if num_tokens is None:
-        num_tokens = shape[0] * max_query_len
+    num_tokens = query_tokens(num_tokens, shape[0], max_query_len)
     dtype = dtype_name(dtype)
     if out is None:
-        split = -1 if split_size is None else split_size
-        sizes = (num_tokens, shape[0], num_heads, num_kv_heads, head_dim, v_head_dim, max_query_len, dtype, split)
+        sizes = (num_tokens, shape[0], num_heads, num_kv_heads, head_dim, v_head_dim, max_query_len, dtype, split_size)
         out = new_bytes(seq_lens, _kernels.attention_memory(device_of(seq_lens), *sizes)[0])
     traced = is_compiling() or any_subclass(seq_lens, query_start_loc, out)
     make = _torch_ops().plan_attention if traced else _kernels.plan_attention
@@ -313,7 +316,7 @@ def _attention_memory(
         head_dim if v_head_dim is None else v_head_dim,
         max_num_tokens if max_query_len is None else max_query_len,
         dtype_name(dtype),
-        -1 if split_size is None else split_size,
+        split_size,
     )
 
 

@@ -71,6 +71,19 @@ def require_axes(name: str, tensor: Any, *axes: str) -> tuple[int, ...]:
     return tuple(shape)
 
 
+def query_tokens(num_tokens: int | None, num_seqs: int, max_query_len: int) -> int:
+    """The number of query tokens that a plan is made for: as given, or one a sequence where none has more."""
+    if num_tokens is None and max_query_len != 1:
+        raise InvalidArgumentError(
+            f"num_tokens: expected the number of query tokens where max_query_len is not 1 but {max_query_len}, "
+            "got None",
+            hint="query.shape[0]",
+            argument="num_tokens",
+            expected="an int",
+        )
+    return num_seqs if num_tokens is None else num_tokens
+
+
 def new_out(query: Any, v_cache: Any) -> Any:
     """[num_tokens, num_heads, v_head_dim] in the library and dtype of `query`."""
     num_tokens, num_heads, _ = require_axes("query", query, "num_tokens", "num_heads", "head_dim")
@@ -118,3 +131,40 @@ def carve(memory: Any, offset: int, shape: tuple[int, ...], dtype: Any) -> Any:
     xp = array_module(memory)
     size = math.prod(shape) * xp.dtype(dtype).itemsize
     return memory[offset : offset + size].view(dtype).reshape(shape)
+
+
+def sliceable(tensor: Any) -> Any:
+    """A memoryview as an array; what the libraries made themselves, and None, as it is."""
+    return array_module(tensor).asarray(tensor) if isinstance(tensor, memoryview) else tensor
+
+
+# What torch, NumPy and CuPy call differently. Each is put on the current stream, and allocates nothing.
+
+
+def fill(out: Any, value: int) -> None:
+    """Every element of out becomes value."""
+    if hasattr(out, "fill_"):
+        out.fill_(value)
+    else:
+        out.fill(value)
+
+
+def subtract(lens: Any, tokens: int, out: Any) -> None:
+    """``out = max(lens - tokens, 0)``."""
+    if hasattr(out, "fill_"):
+        sys.modules["torch"].sub(lens, tokens, out=out).clamp_(min=0)
+    else:
+        xp = array_module(out)
+        xp.subtract(lens, tokens, out=out)
+        xp.maximum(out, 0, out=out)
+
+
+def hide(lse_shared: Any, lse_own: Any, mask: Any) -> None:
+    """``lse_shared = -inf`` where lse_own is: a query sees itself at least, or it is padding. mask is overwritten."""
+    if hasattr(mask, "fill_"):
+        sys.modules["torch"].eq(lse_own, -math.inf, out=mask)
+        lse_shared.masked_fill_(mask, -math.inf)
+    else:
+        xp = array_module(mask)
+        xp.equal(lse_own, -math.inf, out=mask)
+        xp.copyto(lse_shared, -math.inf, where=mask)

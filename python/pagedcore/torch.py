@@ -18,6 +18,7 @@ from torch.compiler import is_dynamo_compiling
 
 from pagedcore import _kernels, ops
 from pagedcore.cascade import attend_in_parts
+from pagedcore.cascade_plan import write_plan
 from pagedcore.errors import InvalidArgumentError
 from pagedcore.tensors import require_axes
 
@@ -60,7 +61,12 @@ CASCADE = (
     "(Tensor query, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, Tensor query_start_loc,"
     " Tensor(a!) out, Tensor(b!)? lse=None, *, int num_shared_blocks, float? scale=None, bool causal=True,"
     " float softcap=0.0, Tensor? sinks=None, Tensor? k_scale=None, Tensor? v_scale=None, int? max_query_len=None,"
-    " int? max_seq_len=None, Tensor? block_table_rows=None, Tensor(c!)? workspace=None, int? num_threads=None)"
+    " int? max_seq_len=None, Tensor? block_table_rows=None, Tensor? plan=None, Tensor(c!)? workspace=None,"
+    " int? num_threads=None)"
+)
+PLAN_CASCADE = (
+    "(Tensor seq_lens, Tensor query_start_loc, Tensor(a!) out, *, int shared_tokens, int num_heads, int num_kv_heads,"
+    " int head_dim, int v_head_dim, int num_tokens, int max_query_len, str dtype, bool causal=True)"
 )
 
 
@@ -160,6 +166,7 @@ def _register() -> None:
     for name, schema in OPERATORS.items():
         _register_one(name, schema, getattr(_kernels, name))
     _register_one("cascade_attention", CASCADE, attend_in_parts)
+    _register_one("plan_cascade", PLAN_CASCADE, write_plan)
 
 
 def _register_one(name: str, schema: str, function: Callable[..., None]) -> None:

@@ -111,19 +111,25 @@ def test_a_shared_prefix_on_the_device(dtype: torch.dtype) -> None:
 
 
 @on_gpu
-def test_a_shared_prefix_in_a_graph() -> None:
+@pytest.mark.parametrize("planned", [False, True])
+def test_a_shared_prefix_in_a_graph(planned: bool) -> None:
     """Nothing is read back or allocated: captured at one set of lengths, replayed at others and with padding."""
     batch = sharing([250, 250, 250, 250], [1] * 4, dtype=torch.float16, heads=(8, 2), head_dim=128)
     query, k_cache, v_cache, table, seq_lens, starts = (tensor.cuda() for tensor in batch.args)
     out, lse = torch.empty_like(query), torch.empty(query.shape[:2], device="cuda")
     size = ops.cascade_workspace_size(4, 4, 8, 2, 128, dtype=torch.float16)
     workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
+    shapes = {"num_shared_blocks": SHARED, "block_size": 16, "num_heads": 8, "num_kv_heads": 2, "head_dim": 128}
+    memory = torch.empty(ops.cascade_plan_size(4, 4, 8, 2, 128, dtype=torch.float16), dtype=torch.uint8, device="cuda")
     ops.warmup()
 
     def step() -> None:
+        plan = None
+        if planned:
+            plan = ops.plan_cascade(seq_lens, starts, **shapes, max_query_len=1, dtype=torch.float16, out=memory)
         ops.cascade_attention(
             query, k_cache, v_cache, table, seq_lens, starts, num_shared_blocks=SHARED, out=out, lse=lse,
-            workspace=workspace, max_query_len=1,
+            workspace=workspace, max_query_len=1, plan=plan,
         )  # fmt: skip
 
     with torch.cuda.stream(torch.cuda.Stream()):

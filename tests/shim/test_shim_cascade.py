@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from pagedcore import cascade, ops
+from pagedcore import cascade, cascade_plan, ops
 from reference import SHARED, Batch, check, features, sharing
 from test_shim_binding import arguments, make_gpu
 
@@ -23,13 +23,17 @@ if TYPE_CHECKING:
 @pytest.fixture
 def gpu(plain_shim: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[ShimGpu]:
     for device in make_gpu(plain_shim, "exchange api", monkeypatch):
-        monkeypatch.setattr(cascade, "carve", partial(carve, device))
         monkeypatch.setattr(cascade, "_address_of", lambda memory: memory.pointer)
-        for name in ("fill", "subtract", "hide"):
-            monkeypatch.setattr(cascade, name, on_host(device, getattr(cascade, name)))
-        cascade._places.cache_clear()  # what it holds of a device 0 is another's
+        for module, names in ((cascade, ("hide",)), (cascade_plan, ("fill", "subtract"))):
+            monkeypatch.setattr(module, "carve", partial(carve, device))
+            for name in names:
+                monkeypatch.setattr(module, name, on_host(device, getattr(module, name)))
+        caches = (cascade._places, cascade_plan.plan_places)
+        for cache in caches:
+            cache.cache_clear()  # what it holds of a device 0 is another's
         yield device
-        cascade._places.cache_clear()
+        for cache in caches:
+            cache.cache_clear()
 
 
 def carve(gpu: ShimGpu, memory: Any, offset: int, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -89,3 +93,39 @@ def test_memory_of_ones_own(gpu: ShimGpu) -> None:
     ops.cascade_attention(*args, num_shared_blocks=SHARED, out=own[0], lse=own[1], workspace=own[2])
     assert len(gpu.addresses) == before
     check(batch, gpu.download(own[0]), gpu.download(own[1]), row_factor=5, whole_references=True)
+
+
+def test_a_plan_for_all_layers(gpu: ShimGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that share a plan plan nothing, and give the bits that they give alone."""
+    planned: list[Any] = []
+    plan_attention = ops.plan_attention
+    monkeypatch.setattr(
+        ops, "plan_attention", lambda *args, **options: planned.append(plan_attention(*args, **options))
+    )
+    layers = [sharing([5, 33, 0], [1, 3, 1], dtype=torch.bfloat16, heads=(8, 2), seed=seed) for seed in range(2)]
+    lens, starts = gpu.upload(layers[0].seq_lens), gpu.upload(layers[0].query_start_loc)
+    sizes = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64, "num_tokens": 5, "max_query_len": 3}
+    shared = {"num_shared_blocks": SHARED, "block_size": 16}
+    plan = ops.plan_cascade(lens, starts, **sizes, **shared)
+    assert len(planned) == 2
+    for batch in layers:
+        planned.clear()
+        out, lse = ops.cascade_attention(
+            *arguments(gpu, batch), num_shared_blocks=SHARED, return_lse=True, max_query_len=3, plan=plan
+        )
+        assert not planned
+        check(batch, gpu.download(out), gpu.download(lse), row_factor=5, whole_references=True)
+        alone = attend(gpu, batch)
+        assert len(planned) == 2
+        assert torch.equal(gpu.download(out), alone[0])
+        assert torch.equal(gpu.download(lse), alone[1])
+    assert ops.device_errors(0) == []
+
+
+def test_a_plan_of_another_step_attends_to_nothing(gpu: ShimGpu) -> None:
+    """As with `paged_attention`: it is flagged."""
+    batch = sharing([5, 33, 20], [1, 3, 1], dtype=torch.bfloat16, heads=(8, 2))
+    plan = gpu.empty((ops.cascade_plan_size(5, 3, 8, 2, 64, device=0),), torch.uint8)
+    gpu.write(plan, torch.zeros(plan.shape, dtype=torch.uint8))
+    ops.cascade_attention(*arguments(gpu, batch), num_shared_blocks=SHARED, max_query_len=3, plan=plan)
+    assert any("a plan that was made for a call of other sizes" in fault for fault in ops.device_errors(0))

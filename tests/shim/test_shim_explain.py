@@ -47,7 +47,8 @@ def explain(gpu: ShimGpu, queries: list[int], max_query_len: int | None = None, 
         ([300, 1], 300, {"head_dim": 192}, "mixed"),
         ([1, 1, 1], 1, {"head_dim": 256}, "decode"),
         ([1, 1, 1], 1, {"head_dim": 256, "split_size": 64}, "mixed"),
-        ([20], None, {}, "mixed"),  # taken for one query of all 20 tokens
+        ([20], None, {}, "mixed"),  # one query of all 20 tokens
+        ([1, 1, 1], None, {}, "decode"),  # 12 rows, whosever they are
     ],
 )
 def test_kernels(
@@ -66,6 +67,12 @@ def test_kernels(
 )
 def test_reasons(gpu: ShimGpu, options: dict[str, Any], reason: str) -> None:
     assert explain(gpu, [1, 1], 1, **options) == f"generic: {reason}"
+
+
+@pytest.mark.parametrize(("queries", "kernel"), [([1] * 5, "mixed"), ([1] * 300, "mixed"), ([200, 200], "prefill")])
+def test_a_choice_for_want_of_the_longest_query_is_told(gpu: ShimGpu, queries: list[int], kernel: str) -> None:
+    told = f"{kernel}: max_query_len was not given, so that one query may have all {sum(queries)} tokens"
+    assert explain(gpu, queries) == told
 
 
 def test_misaligned_rows(gpu: ShimGpu) -> None:

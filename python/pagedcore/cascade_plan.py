@@ -1,0 +1,193 @@
+"""The plan of a step's cascade attention: what both passes read that no layer changes, made once for all of them."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pagedcore.errors import InvalidArgumentError
+from pagedcore.layout import dtype_name
+from pagedcore.tensors import carve, device_index, device_of, fill, new_bytes, query_tokens, require_axes, subtract
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+ALIGNMENT = 256  # bytes: every part of a workspace or plan begins on one
+
+
+def plan_cascade(
+    seq_lens: Any,
+    query_start_loc: Any,
+    *,
+    num_shared_blocks: int,
+    block_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_query_len: int,
+    causal: bool = True,
+    num_tokens: int | None = None,
+    v_head_dim: int | None = None,
+    dtype: Any = "bfloat16",
+    out: Any = None,
+) -> Any:
+    """The plan of one step's `cascade_attention`, for every layer that agrees in heads, head sizes and dtype: the two
+    work plans of a GPU, and the lengths of what is shared and of what is each sequence's own. Made on the device, as
+    `plan_attention` makes its, whose arguments these are.
+
+    Returns `out`: uint8 ``[cascade_plan_size(...)]``, allocated if absent.
+    """
+    (num_seqs,) = require_axes("seq_lens", seq_lens, "num_seqs")
+    num_tokens = query_tokens(num_tokens, num_seqs, max_query_len)
+    v_head_dim = head_dim if v_head_dim is None else v_head_dim
+    dtype = dtype_name(dtype)
+    if out is None:
+        sizes = (num_tokens, num_seqs, num_heads, num_kv_heads, head_dim, v_head_dim)
+        out = new_bytes(seq_lens, plan_places(*sizes, dtype, device_of(seq_lens))["end"])
+    from pagedcore import ops
+
+    traced = ops.is_compiling() or ops.any_subclass(seq_lens, query_start_loc, out)
+    make = sys.modules["torch"].ops.pagedcore.plan_cascade if traced else write_plan
+    make(
+        seq_lens,
+        query_start_loc,
+        out,
+        shared_tokens=num_shared_blocks * block_size,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        v_head_dim=v_head_dim,
+        num_tokens=num_tokens,
+        max_query_len=max_query_len,
+        dtype=dtype,
+        causal=causal,
+    )
+    return out
+
+
+def cascade_plan_size(
+    max_num_tokens: int,
+    max_num_seqs: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    v_head_dim: int | None = None,
+    dtype: Any = "bfloat16",
+    device: Any = "cuda",
+) -> int:
+    """Bytes of the `out` of every `plan_cascade` of at most these sizes, from shapes alone."""
+    dim = head_dim if v_head_dim is None else v_head_dim
+    sizes = (max_num_tokens, max_num_seqs, num_heads, num_kv_heads, head_dim, dim)
+    return plan_places(*sizes, dtype_name(dtype), device_index(device))["end"]
+
+
+class PlanParts(NamedTuple):
+    """The parts of a plan as tensors."""
+
+    shared_len: Any  # int32 [1]: tokens that all sequences share
+    starts: Any  # int32 [2]: of the shared pass, whose one sequence has all query tokens
+    own_lens: Any  # int32 [num_seqs]: tokens behind the shared ones
+    shared: Any  # uint8: the shared pass's plan; None where there is nothing to plan
+    own: Any  # uint8: that of the other
+
+
+def parts_of(memory: Any, places: Mapping[str, int], num_seqs: int) -> PlanParts:
+    """The parts of a plan that lies in `memory` at `places`."""
+
+    def plan(name: str, end: str) -> Any:
+        size = places[end] - places[name]
+        return carve(memory, places[name], (size,), "uint8") if size else None
+
+    return PlanParts(
+        carve(memory, places["length"], (1,), "int32"),
+        carve(memory, places["starts"], (2,), "int32"),
+        carve(memory, places["own lengths"], (num_seqs,), "int32"),
+        plan("shared plan", "own plan"),
+        plan("own plan", "end"),
+    )
+
+
+def write_plan(
+    seq_lens: Any,
+    query_start_loc: Any,
+    out: Any,
+    *,
+    shared_tokens: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    v_head_dim: int,
+    num_tokens: int,
+    max_query_len: int,
+    dtype: str,
+    causal: bool = True,
+) -> None:
+    """`plan_cascade` into `out`: what ``torch.ops.pagedcore.plan_cascade`` is. ``seq_len - shared_tokens`` tokens are a
+    sequence's own; a negative number, which padding has, is 0.
+    """
+    from pagedcore import ops
+
+    (num_seqs,) = require_axes("seq_lens", seq_lens, "num_seqs")
+    sizes = (num_tokens, num_seqs, num_heads, num_kv_heads, head_dim, v_head_dim)
+    places = plan_places(*sizes, dtype, device_of(seq_lens))
+    (got,) = require_axes("out", out, "bytes")
+    if got < places["end"]:
+        raise InvalidArgumentError(
+            f"out: expected {places['end']} bytes or more, got {got}", argument="out", got=got, expected=places["end"]
+        )
+    parts = parts_of(out, places, num_seqs)
+    fill(parts.shared_len, shared_tokens)
+    fill(parts.starts[:1], 0)
+    fill(parts.starts[1:], num_tokens)
+    subtract(seq_lens, shared_tokens, parts.own_lens)
+    if parts.own is None:
+        return
+    shape: dict[str, Any] = {
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "v_head_dim": v_head_dim,
+        "num_tokens": num_tokens,
+        "dtype": dtype,
+    }
+    ops.plan_attention(
+        parts.shared_len, parts.starts, max_query_len=num_tokens, causal=False, out=parts.shared, **shape
+    )
+    ops.plan_attention(
+        parts.own_lens, query_start_loc, max_query_len=max_query_len, causal=causal, out=parts.own, **shape
+    )
+
+
+@functools.lru_cache(maxsize=256)  # the layers of a step ask for the same
+def plan_places(
+    num_tokens: int,
+    num_seqs: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    v_head_dim: int,
+    dtype: str,
+    device: int,
+) -> dict[str, int]:
+    """Where each part of a plan begins, in bytes; ``end`` is its size."""
+    from pagedcore import ops
+
+    heads = (num_heads, num_kv_heads, head_dim)
+    sizes = {"length": 4, "starts": 8, "own lengths": 4 * num_seqs}
+    for name, seqs in (("shared plan", 1), ("own plan", num_seqs)):
+        sizes[name] = ops.attention_plan_size(
+            num_tokens, seqs, *heads, v_head_dim=v_head_dim, dtype=dtype, device=device
+        )
+    return place(sizes)
+
+
+def place(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Offsets of parts of these many bytes one after another, each aligned; ``end`` is behind the last."""
+    places, at = {}, 0
+    for name, size in sizes.items():
+        places[name] = at
+        at += -(-size // ALIGNMENT) * ALIGNMENT
+    places["end"] = at
+    return places
