@@ -287,7 +287,7 @@ class TestFaults:
         engine.add_request("a", PROMPT, PARAMS)
         engine.step()
         execute = engine._runner.execute
-        monkeypatch.setattr(engine._runner, "execute", lambda plan: 1 / 0)
+        monkeypatch.setattr(engine._runner, "execute", lambda *_: 1 / 0)
         (output,) = engine.step()
         assert output.request_id == "a"
         assert output.finished
@@ -299,7 +299,7 @@ class TestFaults:
         assert run_all(engine, {"a": (PROMPT, PARAMS)})["a"] == expected
 
     def test_an_interrupted_step_is_done_again(self, engine, expected, monkeypatch):
-        def interrupt(plan):
+        def interrupt(*_):
             raise KeyboardInterrupt
 
         execute = engine._runner.execute

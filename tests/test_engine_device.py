@@ -14,11 +14,12 @@ import pytest
 import torch
 from greedy import Reference
 from models import VOCAB_SIZE, save_tiny_model
-from pagedcore import Engine, SamplingParams, Scheduler, SchedulerConfig, graphs, models, runner, staging
+from pagedcore import Engine, SamplingParams, Scheduler, SchedulerConfig, graphs, models, runner, sampling, staging
 from pagedcore.devices import choose_device
 from pagedcore.errors import InvalidArgumentError, UnsupportedError
 
 CPU = torch.device("cpu")
+NONE = sampling.NO_DRAWS.numbers
 
 
 class Rerun:
@@ -122,15 +123,15 @@ def test_steps_that_are_interrupted_are_told_again(directory, on_device, monkeyp
         interrupted.append(when)
         raise KeyboardInterrupt
 
-    def interrupted_execute(self, plan):
+    def interrupted_execute(self, plan, numbers):
         self.step = next(steps)
         if self.step % 4 == 1:
             interrupt("before")
         self._forward.step = self.step
-        logits = execute(self, plan)
+        result = execute(self, plan, numbers)
         if self.step % 4 == 3:
             interrupt("after")
-        return logits
+        return result
 
     def interrupted_prepare(self, staged):
         prepare(self, staged)
@@ -227,7 +228,7 @@ NAMES = ("input_ids", "positions", "slot_mapping", "query_start_loc", "seq_lens"
 def test_arrays_arrive_as_planned():
     stage = make_staging()
     for plan in plans(Scheduler(SchedulerConfig(**CONFIG)), 12):
-        staged = stage.stage(plan)
+        staged = stage.stage(plan, NONE)
         apply(staged.tensors.block_table, staged.table_updates)
         for name in NAMES:
             np.testing.assert_array_equal(getattr(staged.tensors, name).numpy(), getattr(plan, name))
@@ -242,10 +243,10 @@ def test_decode_steps_are_filled_up_with_empty_sequences():
     decoded = 0
     for plan in plans(Scheduler(SchedulerConfig(**CONFIG)), 12):
         if plan.max_query_len > 1:
-            apply(stage.stage(plan).tensors.block_table, stage.stage(plan).table_updates)
+            apply(stage.stage(plan, NONE).tensors.block_table, stage.stage(plan, NONE).table_updates)
             continue
         decoded += 1
-        staged = stage.stage_decode(plan, 8)
+        staged = stage.stage_decode(plan, NONE, 8)
         used = plan.num_seqs
         assert used < 8
         for name in NAMES:
@@ -274,7 +275,7 @@ def test_more_changes_than_there_is_room_for():
     scheduler.add_request("a", [1, 2, 3], max_tokens=2)
     plan = scheduler.schedule()
     assert len(plan.block_copies) > 1000
-    staged = make_staging().stage(plan)
+    staged = make_staging().stage(plan, NONE)
     np.testing.assert_array_equal(staged.block_copies.numpy(), plan.block_copies)
     np.testing.assert_array_equal(staged.table_updates.numpy(), plan.table_updates)
     np.testing.assert_array_equal(staged.tensors.input_ids.numpy(), plan.input_ids)
@@ -297,7 +298,7 @@ def test_a_part_of_the_ring_waits_for_its_copy():
     for name, slot in zip("ab", stage._ring, strict=True):
         slot._copied = Event(name)
     for plan in plans(Scheduler(SchedulerConfig(**CONFIG)), 3):
-        stage.stage(plan)
+        stage.stage(plan, NONE)
     assert log == ["wait a", "copied a", "wait b", "copied b", "wait a", "copied a"]
 
 

@@ -203,7 +203,7 @@ def test_a_failed_step_can_be_interrupted_anywhere(loaded, monkeypatch):
             add_all(engine)
             engine.step()
             execute = engine._runner.execute
-            engine._runner.execute = lambda plan: 1 / 0
+            engine._runner.execute = lambda *_: 1 / 0
             ends = []
             try:
                 with InterruptAt(place):

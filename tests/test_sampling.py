@@ -10,7 +10,7 @@ import torch
 from pagedcore import sampling
 from pagedcore.errors import InvalidArgumentError
 from pagedcore.params import SamplingParams
-from pagedcore.sampling import Sampler, draw, sequence_key, uniform
+from pagedcore.sampling import Draws, Sampler, sample, sequence_key, uniform
 
 VOCAB = 1000
 
@@ -19,14 +19,22 @@ def logits(rows, vocab=VOCAB, seed=0):
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 3
 
 
+def drawn(rows, temperature, top_k, top_p, u):
+    """A token for each row, drawn at ``u``."""
+    same = [np.full(len(u), value) for value in (temperature, top_k, top_p)]
+    draws = Draws(np.stack([np.arange(len(u)), *same, u]), 0 if top_k or top_p < 1 else len(u))
+    tokens, failed = sample(rows, draws, torch.from_numpy(draws.numbers))
+    assert not failed.any()
+    return tokens
+
+
 def sweep(row, top_k=0, top_p=1.0, points=20_000):
     """Relative frequencies of the tokens drawn for evenly spread random numbers: exact up to 1 / points a token."""
     u = (np.arange(points) + 0.5) / points
     frequency = np.zeros(row.shape[-1])
     for part in np.array_split(u, 20):
         many = row.expand(len(part), -1)
-        tokens = draw(many, np.ones(len(part)), np.full(len(part), top_k), np.full(len(part), top_p), part)
-        np.add.at(frequency, tokens, 1 / points)
+        np.add.at(frequency, drawn(many, 1.0, top_k, top_p, part), 1 / points)
     return frequency
 
 
@@ -60,12 +68,20 @@ def test_flat_distributions_go_past_the_candidates(top_k, top_p):
     assert (frequency > 0).sum() > 512
 
 
+def test_top_p_is_of_what_top_k_leaves():
+    """Though the best few hundred tokens hold more than top_p of the whole row."""
+    row = logits(1, seed=2)[0] * 1e-3
+    frequency = sweep(row, top_k=700, top_p=0.5, points=2000)
+    np.testing.assert_allclose(frequency, expected(row, top_k=700, top_p=0.5), atol=1.01 / 2000)
+    assert 340 < (frequency > 0).sum() <= 351
+
+
 def test_tokens_of_probability_zero_are_never_drawn():
     row = torch.full((1, VOCAB), -math.inf)
     row[0, [3, 990]] = 0.0
     for u in (1e-300, 0.25, 0.5, 0.75, 1 - 1e-16):
         for top_k, top_p in ((0, 1.0), (0, 0.99), (10, 1.0)):
-            token = draw(row, np.ones(1), np.array([top_k]), np.array([top_p]), np.array([u]))[0]
+            (token,) = drawn(row, 1.0, top_k, top_p, np.array([u]))
             assert token in (3, 990)
             assert u == 0.5 or token == (3 if u < 0.5 else 990)
 
@@ -84,9 +100,14 @@ def sampler_for(params, keys):
     return sampler
 
 
+def choose(sampler, logits, rows, positions):
+    draws = sampler.draws(rows, positions)
+    return sample(logits, draws, torch.from_numpy(draws.numbers) if draws.numbers.size else None)
+
+
 def first(sampler, logits, rows):
     """The first tokens of answers to empty prompts."""
-    return sampler.sample(logits, rows, np.zeros(len(rows), dtype=np.int64))
+    return choose(sampler, logits, rows, np.zeros(len(rows), dtype=np.int64))
 
 
 MIXED = [
@@ -119,7 +140,7 @@ def test_same_seed_same_tokens_and_positions_differ():
         sampler.assign(0, SamplingParams(temperature=1.0), sequence_key(seed, index), 50)
         out = []
         for _ in range(count):
-            out.append(int(sampler.sample(row, np.array([0]), np.array([50 + start + len(out)]))[0][0]))
+            out.append(int(choose(sampler, row, np.array([0]), np.array([50 + start + len(out)]))[0][0]))
         return out
 
     assert tokens(1) == tokens(1)

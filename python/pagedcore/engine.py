@@ -35,7 +35,7 @@ from pagedcore.outputs import EngineStats, RequestMetrics, RequestOutput
 from pagedcore.params import SamplingParams
 from pagedcore.request import News, Request, Sequence, changes_of_end, changes_of_step
 from pagedcore.runner import make_runner
-from pagedcore.sampling import Sampler, sequence_key
+from pagedcore.sampling import Sampler, sample, sequence_key
 from pagedcore.tokenizer import NO_TEXT, PROMPT_CONTEXT
 
 if TYPE_CHECKING:
@@ -318,8 +318,10 @@ class Engine:
             self._assign_rows(plan)
             self._measure(plan, flight)
             rows, positions = np.array(plan.sample_seqs), plan.positions[plan.logits_indices] + 1
-            logits = self._runner.execute(plan)
-            tokens, failed = self._sampler.sample(logits, rows, positions)
+            draws = self._sampler.draws(rows, positions)
+            with self._runner.on_stream():
+                logits, numbers = self._runner.execute(plan, draws.numbers)
+                tokens, failed = sample(logits, draws, numbers)
             self._runner.check()
             flight.samples = [
                 (self._rows[row], token, bad)

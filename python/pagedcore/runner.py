@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -14,6 +15,9 @@ from pagedcore.shared_prefix import shared_blocks
 from pagedcore.staging import DeviceStaging, HostStaging
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from pagedcore._core import SchedulerConfig, StepPlan
     from pagedcore.graphs import Recorder
     from pagedcore.layout import KVCache
@@ -24,11 +28,18 @@ if TYPE_CHECKING:
 class Runner(Protocol):
     """What computes an engine's steps."""
 
-    def execute(self, plan: StepPlan) -> torch.Tensor:
-        """Zeroes and copies the blocks that the plan says, computes its tokens, and returns the logits of its samples.
+    def on_stream(self) -> AbstractContextManager[object]:
+        """Where the device and the stream of the steps are torch's current ones: for `execute`, and for what is done
+        with its results.
+        """
 
-        Returns float [num_samples, vocab_size]: row k belongs to ``plan.logits_indices[k]``; valid until the next
-        call. The plan must not be updated before this returns.
+    def execute(self, plan: StepPlan, numbers: NDArray[np.float64]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Zeroes and copies the blocks that the plan says, computes its tokens, and returns the logits of its samples,
+        with the ``numbers`` that these are drawn by, which travel with the plan's arrays.
+
+        Returns (float [num_samples, vocab_size]: row k belongs to ``plan.logits_indices[k]``; ``numbers`` beside the
+        logits, or None if it is empty), both valid until the next call. The plan must not be updated before this
+        returns.
         """
 
     def check(self) -> None:
@@ -100,13 +111,18 @@ class HostRunner:
         self._layout = kv.layout
         self._staging = HostStaging()
 
-    def execute(self, plan: StepPlan) -> torch.Tensor:
+    def on_stream(self) -> AbstractContextManager[object]:
+        """See `Runner`: the CPU has none."""
+        return nullcontext()
+
+    def execute(self, plan: StepPlan, numbers: NDArray[np.float64]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Runner`. The plan's arrays are read in place."""
         with torch.inference_mode():
-            staged = self._staging.stage(plan)
+            staged = self._staging.stage(plan, numbers)
             self._forward.prepare(staged)
             shared = shared_blocks(plan, self._layout)
-            return self._forward.run(staged.tensors, plan.max_query_len, plan.max_seq_len, shared)
+            logits = self._forward.run(staged.tensors, plan.max_query_len, plan.max_seq_len, shared)
+            return logits, staged.numbers
 
     def check(self) -> None:
         """See `Runner`: the CPU's kernels look before they read."""
@@ -115,56 +131,47 @@ class HostRunner:
 class DeviceRunner:
     """Runs a model on a device: one copy to it a step, decode steps replayed where they can be recorded.
 
-    Everything, block copies and table updates included, goes to the current stream of the calling thread.
+    Everything, block copies and table updates included, goes to the stream that was current where the runner was made,
+    whichever is current where a step is run: steps follow each other there, and the memory of the weights and the cache
+    belongs to it.
     """
 
     def __init__(self, model: LoadedModel, kv: KVCache, config: SchedulerConfig, recorder: Recorder | None) -> None:
-        shape = model.layers[0]
-        self._forward = Forward(
-            model,
-            kv,
-            workspace=torch.empty(
-                ops.attention_workspace_size(
-                    config.max_num_batched_tokens,
-                    config.max_num_seqs,
-                    shape.num_heads,
-                    shape.num_kv_heads,
-                    shape.head_dim,
-                    v_head_dim=shape.v_head_dim,
-                    dtype=model.dtype,
-                    device=model.device,
-                ),
-                dtype=torch.uint8,
-                device=model.device,
-            ),
-        )
-        self._staging = DeviceStaging(
-            model.device,
-            max_num_tokens=config.max_num_batched_tokens,
-            max_num_seqs=config.max_num_seqs,
-            max_blocks=-(-config.max_model_len // config.block_size),
-            steps_in_flight=config.max_steps_in_flight,
-        )
         self._device = model.device
-        self._graphs: DecodeGraphs | None = None
-        ops.warmup(model.device)
-        if recorder is not None:
-            with torch.inference_mode():
+        self._stream = torch.cuda.current_stream(model.device) if model.device.type == "cuda" else None
+        with self.on_stream(), torch.inference_mode():
+            workspace = torch.empty(_workspace_size(model, config), dtype=torch.uint8, device=model.device)
+            self._forward = Forward(model, kv, workspace)
+            self._staging = DeviceStaging(
+                model.device,
+                max_num_tokens=config.max_num_batched_tokens,
+                max_num_seqs=config.max_num_seqs,
+                max_blocks=-(-config.max_model_len // config.block_size),
+                steps_in_flight=config.max_steps_in_flight,
+            )
+            self._graphs: DecodeGraphs | None = None
+            ops.warmup(model.device)
+            if recorder is not None:
                 self._graphs = DecodeGraphs(
                     self._staging, self._decode, recorder, min(config.max_num_seqs, config.max_num_batched_tokens)
                 )
 
-    def execute(self, plan: StepPlan) -> torch.Tensor:
+    def on_stream(self) -> AbstractContextManager[object]:
+        """See `Runner`."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def execute(self, plan: StepPlan, numbers: NDArray[np.float64]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Runner`."""
         with torch.inference_mode():
             recording = self._graphs.recording_for(plan) if self._graphs else None
             if recording is None:
-                staged = self._staging.stage(plan)
+                staged = self._staging.stage(plan, numbers)
                 self._forward.prepare(staged)
-                return self._forward.run(staged.tensors, plan.max_query_len, plan.max_seq_len)
-            self._forward.prepare(self._staging.stage_decode(plan, recording.batch))
+                return self._forward.run(staged.tensors, plan.max_query_len, plan.max_seq_len), staged.numbers
+            staged = self._staging.stage_decode(plan, numbers, recording.batch)
+            self._forward.prepare(staged)
             recording.replay()
-            return recording.logits[: plan.num_seqs]
+            return recording.logits[: plan.num_seqs], staged.numbers
 
     def check(self) -> None:
         """See `Runner`."""
@@ -174,3 +181,18 @@ class DeviceRunner:
     def _decode(self, tensors: StepTensors) -> torch.Tensor:
         # The lengths of the steps to come are not known; nothing is chosen by them.
         return self._forward.run(tensors, 1, None)
+
+
+def _workspace_size(model: LoadedModel, config: SchedulerConfig) -> int:
+    """Bytes for every step's attention; all layers have one shape."""
+    shape = model.layers[0]
+    return ops.attention_workspace_size(
+        config.max_num_batched_tokens,
+        config.max_num_seqs,
+        shape.num_heads,
+        shape.num_kv_heads,
+        shape.head_dim,
+        v_head_dim=shape.v_head_dim,
+        dtype=model.dtype,
+        device=model.device,
+    )

@@ -3,24 +3,46 @@
 Random numbers are a function of (seed, answer index, position in the answer): there is no generator whose state could
 depend on which requests share a step, on preemption, or on order. A row's token is decided by its own logits alone, up
 to the last bits of sums over its vocabulary, which torch may round differently for other numbers of rows.
+
+What rows are drawn by is computed on the host (`Sampler.draws`), travels to a device with the step's other arrays, and
+is read there (`sample`). The host decides nothing by what a device holds until the tokens have come back.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from pagedcore.params import GREEDY_BELOW, SamplingParams
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 #: Top-k and top-p look at this many best tokens first, and sort the whole row only if these do not settle it. The same
 #: for all rows, so that ties are broken alike whatever the step holds.
 _CANDIDATES = 512
 
 
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """What the random samples of a step are drawn by, on the host; greedy samples need nothing. M random samples, those
+    without top-k and top-p first.
+    """
+
+    numbers: NDArray[np.float64]  # [5, M]: index of the sample, temperature, top_k (0: all), top_p, u in (0, 1)
+    num_whole: int  # how many have neither top-k nor top-p: drawn in the order of the vocabulary, with no sorting
+
+
+#: A row of `Draws.numbers` for each. All are exact in float64, so that one array holds them.
+NUM_NUMBERS = 5
+
+
 class Sampler:
-    """Per-row sampling settings of the running sequences, and the vectorised choice of their tokens.
+    """Per-row sampling settings of the running sequences.
 
     Rows are the scheduler's: stable while a sequence runs, in [0, max_num_seqs).
     """
@@ -42,37 +64,74 @@ class Sampler:
         self._key[row] = key
         self._prompt_len[row] = prompt_len
 
-    def sample(self, logits: torch.Tensor, rows: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """One token for each row of ``logits`` (float [num_samples, vocab]); ``rows`` (int [num_samples], no repeats)
-        says whose, ``positions`` (int [num_samples]) where in its sequence, prompt included, the token will stand.
-        Nothing is remembered: a step that is computed again samples the same tokens.
-
-        Returns (token ids int64 [num_samples], failed bool [num_samples]). A sample fails if its logits hold NaN or
-        +inf, or nothing above -inf; its token id is 0 and means nothing. O(num_samples * vocab). On a device the tokens
-        are chosen there, and come back in one copy, which waits for the step.
+    def draws(self, rows: np.ndarray, positions: np.ndarray) -> Draws:
+        """For a step that samples once for each of ``rows`` (int [num_samples], no repeats); ``positions`` (int
+        [num_samples]) says where in its sequence, prompt included, the token will stand. Nothing is remembered: a step
+        that is computed again draws the same numbers. O(num_samples).
         """
-        chosen, best = _best(logits)
-        failed = ~torch.isfinite(best)
         random = np.flatnonzero(~self._greedy[rows])
-        if random.size:
-            of = rows[random]
-            u = uniform(self._key[of], (positions[random] - self._prompt_len[of]).astype(np.uint64))
-            if random.size < len(rows):
-                at = torch.from_numpy(random).to(logits.device)
-                chosen[at] = draw(
-                    logits[at].float() - best[at, None], self._temperature[of], self._top_k[of], self._top_p[of], u
-                )
-            else:
-                chosen = draw(
-                    logits.float() - best[:, None], self._temperature[of], self._top_k[of], self._top_p[of], u
-                )
-        answer = chosen.masked_fill(failed, _FAILED).cpu().numpy()
-        failures = answer == _FAILED
-        return np.where(failures, 0, answer), failures
+        if not random.size:
+            return NO_DRAWS
+        sorts = (self._top_k[rows[random]] > 0) | (self._top_p[rows[random]] < 1.0)
+        samples = np.concatenate([random[~sorts], random[sorts]])
+        of = rows[samples]
+        u = uniform(self._key[of], (positions[samples] - self._prompt_len[of]).astype(np.uint64))
+        numbers = np.stack([samples, self._temperature[of], self._top_k[of], self._top_p[of], u], dtype=np.float64)
+        return Draws(numbers, len(random) - int(sorts.sum()))
 
 
-#: In the place of a token id: the sample failed. One array comes back from a device, not two.
-_FAILED = -1
+#: Of a step whose samples are all greedy.
+NO_DRAWS = Draws(np.empty((NUM_NUMBERS, 0)), 0)
+
+#: In the place of a token id: the sample failed; the best `_CANDIDATES` do not settle it. One array comes back from a
+#: device, not three.
+_FAILED, _UNSETTLED = -1, -2
+
+
+def sample(
+    logits: torch.Tensor, draws: Draws = NO_DRAWS, numbers: torch.Tensor | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """One token for each row of ``logits`` (float [num_samples, vocab]), the best one unless ``draws`` says how it is
+    drawn; ``numbers`` is ``draws.numbers`` where the logits are, None if it is empty.
+
+    Returns (token ids int64 [num_samples], failed bool [num_samples]). A sample fails if its logits hold NaN or +inf,
+    or nothing above -inf; its token id is 0 and means nothing. O(num_samples * vocab).
+
+    On a device the tokens are chosen there, and come back in one copy, the only time that the host waits. A row whose
+    `_CANDIDATES` best tokens hold less than its top_p, or are fewer than its top_k, is then sorted as a whole, and all
+    tokens come back again: to sort every row at once would save that wait, and have every step pay for it. The same two
+    rounds decide on the CPU, so a device gives the same tokens but for the last bits of sums, and for which of two
+    equal logits counts as the better one.
+    """
+    chosen, best = _best(logits)
+    failed = ~torch.isfinite(best)
+    if numbers is None:
+        return _on_host(chosen.masked_fill(failed, _FAILED))
+    samples, whole = numbers[0].long(), draws.num_whole
+    if not np.array_equal(draws.numbers[0], np.arange(len(logits))):
+        logits, best = logits.index_select(0, samples), best.index_select(0, samples)
+    scaled = (logits.float() - best[:, None]) / numbers[1].float()[:, None]
+    top_k, top_p, u = numbers[2, whole:].long(), numbers[3, whole:], numbers[4]
+    sorts, u_sorts = scaled[whole:], u[whole:]
+    drawn = _draw_whole(scaled[:whole], u[:whole])
+    if len(sorts):
+        width = min(_CANDIDATES, logits.shape[-1])
+        found, settled = _draw_sorted(sorts, top_k, top_p, u_sorts, width)
+        drawn = torch.cat([drawn, torch.where(settled, found, _UNSETTLED)])
+    chosen = chosen.index_copy(0, samples, drawn).masked_fill(failed, _FAILED)
+    tokens = chosen.cpu()
+    if count := int((tokens == _UNSETTLED).sum()):
+        # Which they are is known here too, but would have to be sent.
+        rest = (chosen[samples[whole:]] == _UNSETTLED).int().argsort(descending=True, stable=True)[:count]
+        found, _ = _draw_sorted(sorts[rest], top_k[rest], top_p[rest], u_sorts[rest], logits.shape[-1])
+        tokens = chosen.index_copy(0, samples[whole:][rest], found).cpu()
+    return _on_host(tokens)
+
+
+def _on_host(chosen: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    answer = chosen.cpu().numpy()
+    failures = answer == _FAILED
+    return np.where(failures, 0, answer), failures
 
 
 def _best(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,41 +147,34 @@ def _best_on_device(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return chosen, best.float()
 
 
-def draw(
-    logits: torch.Tensor, temperature: np.ndarray, top_k: np.ndarray, top_p: np.ndarray, u: np.ndarray
-) -> torch.Tensor:
-    """Samples one token a row by inverting the cumulative distribution at ``u`` (float64 [m], in (0, 1)).
+def _draw_whole(logits: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Samples one token a row by inverting the cumulative distribution, in the order of the vocabulary, at ``u``.
 
-    logits: float32 [m, vocab]; temperature: float [m]; top_k: int64 [m], 0 for all; top_p: float64 [m].
-    Returns int64 [m] on the logits' device. A row with NaN gives some token.
+    logits: float32 [m, vocab], at most 0; u: float64 [m], in (0, 1). Returns int64 [m]; some token for a row with NaN.
     """
-    # One copy to the device for all numbers. A top_k is exact in float64.
-    numbers = torch.from_numpy(np.stack([temperature, top_k, top_p, u]).astype(np.float64)).to(logits.device)
-    logits = logits / numbers[0].float()[:, None]
-    k, p, u_there = numbers[1].long(), numbers[2], numbers[3]
-    tokens = torch.empty(len(u), dtype=torch.int64, device=logits.device)
-    filtered = (top_k > 0) | (top_p < 1.0)
-    for i in np.flatnonzero(~filtered).tolist():  # in the order of the vocabulary: no sorting needed
-        cumulative = logits[i].double().exp_().cumsum(0)
-        place = torch.searchsorted(cumulative, u_there[i] * cumulative[-1], right=True)
-        tokens[i] = torch.minimum(place, _last_positive(logits[i]))
-    rest, width = torch.from_numpy(np.flatnonzero(filtered)).to(logits.device), min(_CANDIDATES, logits.shape[-1])
-    while len(rest):
-        found, settled = _draw_sorted(logits[rest], k[rest], p[rest], u_there[rest], width)
-        tokens[rest[settled]] = found[settled]
-        rest, width = rest[~settled], logits.shape[-1]
-    return tokens
+    # On the CPU row after row, in its cache, and with the same bits whatever the rows beside it.
+    parts = 1 if logits.device.type == "cpu" else max(1, len(logits))
+    tokens = [torch.empty(0, dtype=torch.int64, device=logits.device)]
+    for rows, targets in zip(logits.split(parts), u[:, None].split(parts), strict=True):
+        cumulative = rows.double().exp_().cumsum(-1)
+        place = torch.searchsorted(cumulative, targets * cumulative[:, -1:], right=True)
+        tokens.append(torch.minimum(place, _last_positive(rows)).squeeze(1))
+    return torch.cat(tokens)
 
 
-def _last_positive(row: torch.Tensor) -> torch.Tensor:
-    """The last token whose probability is not 0; int64, and 0 where there is none."""
-    return torch.where(row > -math.inf, torch.arange(len(row), device=row.device), 0).max()
+def _last_positive(rows: torch.Tensor) -> torch.Tensor:
+    """The last token of each row whose probability is not 0; int64 [m, 1], and 0 where there is none."""
+    ids = torch.arange(rows.shape[-1], device=rows.device)
+    return torch.where(rows > -math.inf, ids, 0).amax(-1, keepdim=True)
 
 
 def _draw_sorted(
     logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, u: torch.Tensor, width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`draw` among the ``width`` best tokens of each row. The second result says for which rows these were enough."""
+    """`_draw_whole` in the order of probability, among what top_k (int64 [m], 0: all) and then top_p (float64 [m])
+    leave, looking at the ``width`` best tokens of each row. The second result (bool [m]) says for which rows these were
+    enough.
+    """
     k = torch.where(top_k > 0, top_k, logits.shape[-1])[:, None]
     p = top_p[:, None]
     values, ids = (
@@ -134,7 +186,9 @@ def _draw_sorted(
     total = torch.where(k <= width, values.logsumexp(-1, keepdim=True), logits.double().logsumexp(-1, keepdim=True))
     probabilities = (values - total).exp()
     cumulative = probabilities.cumsum(-1)
-    settled = ((k <= width) | (cumulative[:, -1:] >= p)).squeeze(1) | (width == logits.shape[-1])
+    # With more than these left by top_k, top_p is a share of what is not known yet.
+    enough = (k >= logits.shape[-1]) & (cumulative[:, -1:] >= p)
+    settled = ((k <= width) | enough).squeeze(1) | (width == logits.shape[-1])
     kept = in_k & (cumulative - probabilities < p) & (probabilities > 0)
     kept[:, 0] = True
     count = kept.sum(-1, keepdim=True)

@@ -1,9 +1,9 @@
 """A step's arrays where the model reads them: in place on the CPU, on a device by one copy a step.
 
-A plan's arrays are ranges of one buffer on the host. The CPU reads them there. A device gets them packed into pinned
-memory, with one asynchronous copy, and into the same device memory at every step, so that a recorded decode step
-(`graphs`) finds its arguments where they were when it was recorded. The block table is not sent: it lives on the
-device, a row for each running sequence, and takes what changed.
+A plan's arrays are ranges of one buffer on the host. The CPU reads them there. A device gets them, and the numbers
+that its samples are drawn by, packed into pinned memory, with one asynchronous copy, and into the same device memory at
+every step, so that a recorded decode step (`graphs`) finds its arguments where they were when it was recorded. The
+block table is not sent: it lives on the device, a row for each running sequence, and takes what changed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from pagedcore.sampling import NUM_NUMBERS
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -25,6 +27,8 @@ _ALIGNMENT = 16  # bytes: every array begins on one
 #: (source, destination) pairs, and blocks to zero, that travel with the other arrays. A step of a scheduler by itself
 #: has at most one pair a sequence; what is more, from sequences of other owners, is sent by a copy of its own.
 _PAIRS_PER_SEQUENCE = 2
+
+_NUMPY_DTYPES: dict[torch.dtype, type] = {torch.int32: np.int32, torch.int64: np.int64, torch.float64: np.float64}
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,12 +53,13 @@ class Staged:
     block_copies: torch.Tensor | None  # int32 [n, 2]
     table_updates: torch.Tensor | None  # int32 [m, 3], of `StepTensors.block_table`
     tensors: StepTensors
+    numbers: torch.Tensor | None  # float64 [.., M]: `sampling.Draws.numbers`; None: every sample is greedy
 
 
 class HostStaging:
     """For models on the CPU: the plan's own arrays, read in place until the plan is updated or cancelled."""
 
-    def stage(self, plan: StepPlan) -> Staged:
+    def stage(self, plan: StepPlan, numbers: NDArray[np.float64]) -> Staged:
         """O(1): nothing is copied."""
         return Staged(
             blocks_to_zero=torch.from_numpy(plan.blocks_to_zero) if len(plan.blocks_to_zero) else None,
@@ -70,6 +75,7 @@ class HostStaging:
                 block_table=torch.from_numpy(plan.block_table),
                 rows=None,
             ),
+            numbers=torch.from_numpy(numbers) if numbers.size else None,
         )
 
 
@@ -140,19 +146,23 @@ class DeviceStaging:
         # Beside the pass's arrays: table updates of some newcomers with a whole row each and of one block a sequence,
         # and the copies and blocks to zero of an ordinary step.
         extras = 3 * (4 * max_blocks + max_num_tokens + 2 * max_num_seqs) + 3 * _PAIRS_PER_SEQUENCE * max_num_seqs
-        size = _aligned(_places(max_num_tokens, max_num_seqs, max_num_seqs)[-1].end) + 4 * extras + 3 * _ALIGNMENT
+        numbers = 8 * NUM_NUMBERS * max_num_seqs
+        pass_end = _places(max_num_tokens, max_num_seqs, max_num_seqs)[-1].end
+        size = pass_end + numbers + 4 * extras + 5 * _ALIGNMENT
         self._device = device
         self._memory = torch.empty(size, dtype=torch.uint8, device=device)
         self._ring = [_Slot(size, device) for _ in range(steps_in_flight + 1)]
         self._next = 0
         self._decode: dict[int, StepTensors] = {}  # by number of sequences: always at one place, so made once
 
-    def stage(self, plan: StepPlan) -> Staged:
-        """Sends a plan's arrays; O(their bytes) on the host, no waiting for the device but for the ring."""
+    def stage(self, plan: StepPlan, numbers: NDArray[np.float64]) -> Staged:
+        """Sends a plan's arrays and ``numbers``, which its samples are drawn by, any shape. O(their bytes) on the host,
+        no waiting for the device but for the ring.
+        """
         slot, places = self._pack(plan, plan.num_tokens, plan.num_seqs, len(plan.logits_indices))
-        return self._send(slot, places, plan, self._tensors(places))
+        return self._send(slot, places, plan, numbers, self._tensors(places))
 
-    def stage_decode(self, plan: StepPlan, batch: int) -> Staged:
+    def stage_decode(self, plan: StepPlan, numbers: NDArray[np.float64], batch: int) -> Staged:
         """`stage` for a plan of one token and one sample a sequence, filled up to ``batch`` sequences by empty ones:
         one query token, seq_len 0, slot −1. The tensors are those of `decode_tensors`, which comes first.
         """
@@ -164,7 +174,7 @@ class DeviceStaging:
             at[name][used:] = 0
         at["query_start_loc"][used:] = np.arange(used, batch + 1)
         at["logits_indices"][used:] = np.arange(used, batch)
-        return self._send(slot, places, plan, self._decode[batch])
+        return self._send(slot, places, plan, numbers, self._decode[batch])
 
     def decode_tensors(self, batch: int) -> StepTensors:
         """Where `stage_decode` puts a step of ``batch`` sequences. Until then they are all empty ones, so that a pass
@@ -191,12 +201,21 @@ class DeviceStaging:
             slot.array(place)[: len(array)] = array
         return slot, places
 
-    def _send(self, slot: _Slot, places: tuple[_Place, ...], plan: StepPlan, tensors: StepTensors) -> Staged:
-        """Adds what is done before the pass, and copies all of it at once."""
+    def _send(
+        self,
+        slot: _Slot,
+        places: tuple[_Place, ...],
+        plan: StepPlan,
+        numbers: NDArray[np.float64],
+        tensors: StepTensors,
+    ) -> Staged:
+        """Adds what is done before and after the pass, and copies all of it at once."""
         end = places[-1].end
         extras: list[torch.Tensor | None] = []
-        for array in (plan.blocks_to_zero, plan.block_copies, plan.table_updates):
-            place = _Place("", torch.int32, _aligned(end), array.size)
+        # The numbers first: for them there is always room.
+        for array in (numbers, plan.blocks_to_zero, plan.block_copies, plan.table_updates):
+            dtype = torch.float64 if array is numbers else torch.int32
+            place = _Place("", dtype, _aligned(end), array.size)
             if not array.size:
                 extras.append(None)
             elif place.end > len(self._memory):
@@ -206,8 +225,8 @@ class DeviceStaging:
                 extras.append(place.tensor(self._memory).view(array.shape))
                 end = place.end
         slot.copy_to(self._memory, end)
-        zero, copies, updates = extras
-        return Staged(zero, copies, updates, tensors)
+        there, zero, copies, updates = extras
+        return Staged(zero, copies, updates, tensors, there)
 
     def _tensors(self, places: tuple[_Place, ...]) -> StepTensors:
         at = {place.name: place.tensor(self._memory) for place in places}
@@ -228,7 +247,7 @@ class _Slot:
             self._copied.synchronize()
 
     def array(self, place: _Place) -> NDArray[Any]:
-        return self._host[place.begin : place.end].view(np.int64 if place.dtype is torch.int64 else np.int32)
+        return self._host[place.begin : place.end].view(_NUMPY_DTYPES[place.dtype])
 
     def copy_to(self, memory: torch.Tensor, size: int) -> None:
         memory[:size].copy_(self._bytes[:size], non_blocking=True)

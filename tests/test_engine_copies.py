@@ -1,0 +1,106 @@
+"""What crosses between the host and a device in a step: one copy there, one wait for the tokens. On a device that is
+not there (`elsewhere`): on a GPU, tests/device/test_engine_on_device.py has torch itself raise for every other wait.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from elsewhere import DEVICE, Counter, put
+from pagedcore import SamplingParams, Scheduler, SchedulerConfig
+from pagedcore.sampling import Sampler, sample
+from pagedcore.staging import DeviceStaging
+
+VOCAB = 2000  # more than what top-p looks at first
+
+STEPS = {
+    "greedy": [SamplingParams()] * 5,
+    "whole": [SamplingParams(temperature=1.0)] * 5,
+    "top_k": [SamplingParams(temperature=0.7, top_k=k) for k in (2, 5, 50, 500, 7)],
+    "top_p": [SamplingParams(temperature=1.0, top_p=p) for p in (0.2, 0.5, 0.9, 0.95, 0.99)],
+    "mixed": [
+        SamplingParams(temperature=1.0, top_k=300, top_p=0.9),
+        SamplingParams(),
+        SamplingParams(temperature=1.3),
+        SamplingParams(temperature=0.7, top_k=20),
+        SamplingParams(temperature=1.0, top_p=0.5),
+    ],
+}
+
+
+def make_sampler(params):
+    sampler = Sampler(len(params))
+    for row, each in enumerate(params):
+        sampler.assign(row, each, 10 + row, 0)
+    return sampler.draws(np.arange(len(params)), np.arange(len(params)))
+
+
+def logits(spread):
+    return torch.randn(5, VOCAB, generator=torch.Generator().manual_seed(1)) * spread
+
+
+def on_host(values, draws):
+    return sample(values, draws, torch.from_numpy(draws.numbers) if draws.numbers.size else None)
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sampling_sends_nothing_and_waits_once(step, dtype):
+    """And gives what the CPU gives: each token is decided by the same rounds, whoever looks at their outcome."""
+    draws, values = make_sampler(STEPS[step]), logits(4.0).to(dtype)
+    with Counter() as counter:
+        there = put(values)
+        tokens, failed = sample(there, draws, put(torch.from_numpy(draws.numbers)) if draws.numbers.size else None)
+    assert counter.sent == []
+    assert len(counter.waits) == 1
+    expected, _ = on_host(values, draws)
+    np.testing.assert_array_equal(tokens, expected)
+    assert not failed.any()
+
+
+def test_a_flat_row_is_waited_for_once_more():
+    """Its best tokens hold less than top_p: the whole row is sorted, and nothing is sent for that."""
+    draws, values = make_sampler(STEPS["mixed"]), logits(4.0)
+    values[4] *= 1e-3
+    values[3, 8] = float("nan")  # fails, and is not waited for
+    with Counter() as counter:
+        tokens, failed = sample(put(values), draws, put(torch.from_numpy(draws.numbers)))
+    assert counter.sent == []
+    assert len(counter.waits) == 2
+    expected, failures = on_host(values, draws)
+    np.testing.assert_array_equal(tokens, expected)
+    np.testing.assert_array_equal(failed, failures)
+    assert failed.tolist() == [False, False, False, True, False]
+
+
+@pytest.mark.parametrize("decode", [False, True])
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_is_sent_by_one_copy(step, decode):
+    """The plan's arrays, the table's changes and what the samples are drawn by."""
+    config = {"num_blocks": 200, "block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 64}
+    scheduler = Scheduler(SchedulerConfig(**config))
+    draws = make_sampler(STEPS[step])
+    for number in range(5):
+        scheduler.add_request(str(number), list(range(4)), max_tokens=30)
+    plan = scheduler.schedule()
+    with Counter() as counter:
+        staging = DeviceStaging(DEVICE, max_num_tokens=64, max_num_seqs=8, max_blocks=16)
+        staging.decode_tensors(8)
+        counter.sent.clear()  # what it takes to make them
+        if decode:
+            staging.stage(plan, draws.numbers)
+            scheduler.update(plan.step, np.ones(5, np.int64))
+            plan = scheduler.schedule()
+            assert plan.num_tokens == plan.num_seqs == 5
+            assert len(plan.table_updates)
+            counter.sent.clear()
+            staged = staging.stage_decode(plan, draws.numbers, 8)
+        else:
+            staged = staging.stage(plan, draws.numbers)
+    assert counter.sent == ["aten.copy_.default"]
+    assert counter.waits == []
+    assert (staged.numbers is None) == (step == "greedy")
+    if staged.numbers is not None:
+        np.testing.assert_array_equal(staged.numbers.here.numpy(), draws.numbers)
+    np.testing.assert_array_equal(staged.table_updates.here.numpy(), plan.table_updates)
