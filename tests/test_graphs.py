@@ -4,6 +4,7 @@ tests/device/test_device.py does the same with torch itself.
 
 from __future__ import annotations
 
+import threading
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ class Torch:
     def __init__(self, *, tidy: bool) -> None:
         self.tidy = tidy
         self.underway: list[tuple[int, int]] = []
+        self.streams: list[str] = []  # the devices of those that recordings were made on
         self.pool_users = 0
         self.stream = "the caller's"
         self.refuses = False  # the recording was invalidated
@@ -48,7 +50,7 @@ class Torch:
             device=lambda device: nullcontext(),
             current_device=lambda: 0,
             default_generators=[self.generator],
-            Stream=lambda: SimpleNamespace(wait_stream=lambda other: None),
+            Stream=lambda device: SimpleNamespace(device=device, wait_stream=lambda other: None),
             stream=lambda stream: nullcontext(),
             current_stream=lambda: SimpleNamespace(name=self.stream, wait_stream=lambda other: None),
             set_stream=lambda stream: setattr(self, "stream", stream.name),
@@ -68,11 +70,12 @@ class Torch:
         self.pool_users -= 1
 
     @contextmanager
-    def graph(self, graph: Any, *, pool: tuple[int, int], capture_error_mode: str) -> Iterator[None]:
+    def graph(self, graph: Any, *, pool: tuple[int, int], stream: Any, capture_error_mode: str) -> Iterator[None]:
         assert not self.underway, "captures_underway.empty() INTERNAL ASSERT FAILED"
         assert not self.generator.recording
         assert capture_error_mode == "thread_local"
         self.underway.append(pool)
+        self.streams.append(stream.device)
         self.pool_users += 1
         self.stream, self.generator.recording = "the recording's", True
         try:
@@ -134,3 +137,28 @@ def test_an_error_of_the_work_itself_leaves_an_ended_recording_to_torch(torch: T
     assert torch.pool_users == 1  # the graph's, which gives it back when it goes
     assert torch.stream == "the caller's"
     assert graphs._unended == []
+
+
+def test_each_device_has_its_own_stream_to_record_on(torch: Torch) -> None:
+    """Torch's own is of the device on which anything was recorded first: work for another would not be recorded."""
+    for device in ("cuda:0", "cuda:1"):
+        graphs.CudaRecorder(device).record(lambda: 42)  # type: ignore[arg-type, return-value]
+    assert torch.streams == ["cuda:0", "cuda:1"]
+
+
+def test_engines_made_in_two_threads_record_one_after_the_other(torch: Torch) -> None:
+    """Torch can record one graph at a time: the stand-in fails where a second one begins within the first."""
+    first, second = (graphs.CudaRecorder("cuda") for _ in range(2))  # type: ignore[arg-type]
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(second.record(lambda: 43)[1]))  # type: ignore[arg-type, return-value]
+
+    def work() -> Any:
+        if torch.underway:
+            thread.start()
+            thread.join(0.2)
+            assert results == []
+        return 42
+
+    first.record(work)
+    thread.join()
+    assert results == [43]

@@ -9,6 +9,7 @@ back from the device (rotary embeddings that depend on lengths, experts chosen o
 from __future__ import annotations
 
 import logging
+import threading
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 # Graphs that torch could not end: its allocator for pinned memory still asks them which streams are theirs.
 _unended: list[torch.cuda.CUDAGraph] = []
+
+# Torch records one graph at a time in a process, whatever the thread and the device.
+_recording = threading.Lock()
 
 Forward = Callable[["StepTensors"], torch.Tensor]
 
@@ -44,20 +48,22 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        # Torch's own stream for it would be one of the device on which this process first recorded anything. One for
+        # all recordings, as the allocator keeps what each stream has freed for that stream.
+        self._side = torch.cuda.Stream(device)
 
     def record(self, work: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
         """See `Recorder`. The work runs once as it is first, so that libraries are loaded and buffers there."""
-        with torch.cuda.device(self._device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                work()
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
+        with _recording, torch.cuda.device(self._device):
             current = torch.cuda.current_stream()
+            self._side.wait_stream(current)
+            with torch.cuda.stream(self._side):
+                work()
+            current.wait_stream(self._side)
+            graph = torch.cuda.CUDAGraph()
             try:
                 # Other threads may use the device meanwhile: only this one must not do what cannot be recorded.
-                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"):
                     result = work()
             except BaseException:
                 self._end(graph)
