@@ -224,6 +224,7 @@ def test_the_benchmark_is_rehearsed(
     assert all(result["roofline"] is None for result in document["results"])  # shares of nothing
     printed = capsys.readouterr().out
     assert "%" not in printed
+    assert not any(line.endswith(" ") for line in printed.splitlines())
     assert "not run: flashinfer-xqa: needs a GPU (" in printed
     assert len(printed) < 12_000
 

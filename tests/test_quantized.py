@@ -257,6 +257,34 @@ def test_layout_without_codes_has_no_scales() -> None:
         kv.scales(1)
 
 
+@pytest.mark.parametrize("granularity", ["head", "token"])
+def test_scales_of_any_strides(granularity: str) -> None:
+    """One scale for all heads without a copy of it; and a token's scales wherever they lie, as they are written too."""
+    batch = make_batch([20, 40], [1, 3], heads=(4, 2), head_dim=16)
+    quantized = Quantized(batch, granularity)
+
+    def spread(scale: torch.Tensor) -> torch.Tensor:
+        if granularity == "head":
+            return scale[:1].expand(2)
+        return torch.empty(16, 2, len(batch.k_cache)).copy_(scale.permute(2, 1, 0)).permute(2, 1, 0)
+
+    views = [spread(scale) for scale in quantized.scales]
+    dense = [view.contiguous() for view in views]
+    assert all(view.stride(-1) != 1 for view in views)
+    call = (batch.query, *quantized.codes, *batch.args[3:])
+    outs = [ops.paged_attention(*call, k_scale=k, v_scale=v) for k, v in (views, dense)]
+    assert torch.equal(*outs)
+    key, slots = torch.randn(3, 2, 16), torch.tensor([5, 17, -1])
+    written = []
+    for scales in (views, dense):
+        codes = [code.clone() for code in quantized.codes]
+        ops.reshape_and_cache(key, -key, *codes, slots, k_scale=scales[0], v_scale=scales[1])
+        written.append(
+            [tensor.view(torch.uint8) for tensor in codes] + [scale.contiguous().view(torch.int32) for scale in scales]
+        )
+    assert all(torch.equal(a, b) for a, b in zip(*written, strict=True))
+
+
 # Errors
 
 

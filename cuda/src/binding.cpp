@@ -81,14 +81,14 @@ Scales ScalesArgument::scales(Sizes& sizes) const {
   const Tensor& t = *get();
   if (t.ndim == 1 && t.shape[0] == 1) return {t.as<float>(), 0, 0, 0};
   if (t.ndim == 1) {
-    sizes.match(t, {Axis::num_kv_heads});
+    sizes.match(t, {Axis::num_kv_heads}, Sizes::Strides::any);
     return {t.as<float>(), 0, t.strides[0], 0};
   }
   if (t.ndim != 3) {
     refuse(t.name, "shape [1], [num_kv_heads] or [num_blocks, num_kv_heads, block_size]",
            std::to_string(t.ndim) + " dimension(s)");
   }
-  sizes.match(t, {Axis::num_blocks, Axis::num_kv_heads, Axis::block_size});
+  sizes.match(t, {Axis::num_blocks, Axis::num_kv_heads, Axis::block_size}, Sizes::Strides::any);
   return {t.as<float>(), t.strides[0], t.strides[1], t.strides[2]};
 }
 

@@ -370,7 +370,7 @@ const char* axis_name(Axis axis) {
 
 }  // namespace
 
-void Sizes::match(const Tensor& tensor, std::initializer_list<Axis> axes) {
+void Sizes::match(const Tensor& tensor, std::initializer_list<Axis> axes, Strides strides) {
   if (tensor.ndim != static_cast<int>(axes.size())) {
     std::string expected = "[";
     for (const Axis axis : axes) expected += (expected.size() > 1 ? ", " : "") + std::string(axis_name(axis));
@@ -391,6 +391,7 @@ void Sizes::match(const Tensor& tensor, std::initializer_list<Axis> axes) {
                           "shape " + shape_text(tensor));
     }
   }
+  if (strides == Strides::any) return;
   const auto last = static_cast<size_t>(tensor.ndim - 1);
   if (tensor.ndim > 0 && tensor.shape[last] > 1 && tensor.strides[last] != 1 && !tensor.empty()) {
     throw ArgumentError(Fault::invalid_argument, tensor.name, "a contiguous last axis (stride 1)",

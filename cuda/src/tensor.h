@@ -111,8 +111,9 @@ enum class Axis : uint8_t {
 // one that disagrees is told who did.
 class Sizes {
  public:
-  // `axes` names every axis of the tensor. The last one must be contiguous.
-  void match(const Tensor& tensor, std::initializer_list<Axis> axes);
+  // `axes` names every axis of the tensor. The last one must be contiguous, unless any strides will do.
+  enum class Strides : uint8_t { last_contiguous, any };
+  void match(const Tensor& tensor, std::initializer_list<Axis> axes, Strides strides = Strides::last_contiguous);
   // 0 for an axis that no tensor had.
   int64_t operator[](Axis axis) const { return sizes_[static_cast<size_t>(axis)]; }
 

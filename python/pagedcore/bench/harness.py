@@ -267,7 +267,8 @@ def table(results: Sequence[Result], not_run: Sequence[NotRun], most: int | None
     for case, (first, *others) in cases.items():
         share = "" if first.roofline is None else f"{first.roofline:5.0%}"
         line = f"{case:46} {first.value:9.4g} {first.unit:7} {share:5}"
-        lines.append(" ".join([line, *(f" {other.metric} {speed_ratio(first, other):.2f}x" for other in others)]))
+        ratios = (f" {other.metric} {speed_ratio(first, other):.2f}x" for other in others)
+        lines.append(" ".join([line, *ratios]).rstrip())
     if most is not None and len(lines) > most:
         lines[most:] = [f"and {len(lines) - most} cases more, in the JSON"]
     reasons: dict[tuple[str, str], list[str]] = {}
