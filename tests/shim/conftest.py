@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import gpus
 import pytest
 import shim_build
 from cuda_gpu import CudaGpu
@@ -52,8 +53,8 @@ def address_shim(address_library: Path) -> Any:
 
 
 FIXTURES = {"plain": "plain_shim", "races": "race_shim", "address": "address_shim"}
-# Files, by how their names begin, whose tests attend and do nothing else.
-ON_GPU = ("test_shim_attention", "test_shim_properties", "test_shim_sweep")
+# Files whose tests are about the shim and not about kernels.
+OF_THE_SHIM = ("test_shim", "test_shim_address")
 
 
 @pytest.fixture(params=[ONLY.replace("cuda", "plain")] if ONLY else ["plain", "races"])
@@ -73,8 +74,10 @@ def runs(item: pytest.Item) -> bool:
     # The sanitizer ends a process that it was not in from the start.
     if built != wanted if wanted else built == "address":
         return False
-    if ONLY == "cuda" and (not item.path.stem.startswith(ON_GPU) or item.get_closest_marker("shim_only")):
+    if ONLY == "cuda" and (item.path.stem in OF_THE_SHIM or item.get_closest_marker("shim_only")):
         return False
+    if ONLY == "cuda" and parameters.get("any_gpu", gpus.WAYS[0]) != gpus.WAYS[0]:
+        return False  # a GPU's tensors come in one way
     tiled = parameters.get("head_dim") in shim_build.TILED_HEAD_DIMS
     return built not in ("races", "address") or not tiled or parameters["head_dim"] in shim_build.CHECKED_HEAD_DIMS
 

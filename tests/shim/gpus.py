@@ -1,15 +1,18 @@
 """GPUs that the tests of the binding run on, and tensors on them.
 
 `ShimGpu` is the host shim: its module holds the ops of pagedcore._kernels over its own device memory, and tensors that
-are told like a GPU library's, in each of the ways that the binding knows.
+are told like a GPU library's, in each of the ways that the binding knows. `TorchGpu` is a real one, with torch's own.
 """
 
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 CODES = {  # DLPack's type code, bits, and the typestr of __cuda_array_interface__
     torch.float32: (2, 32, "<f4"),
@@ -27,6 +30,8 @@ CUDA, CUDA_HOST, ROCM, MANAGED = 2, 3, 10, 13  # DLPack's device types
 
 class ShimGpu:
     """Tensors are shown in one of `WAYS`. Memory is freed by `close`."""
+
+    num_devices = 2
 
     def __init__(self, shim: Any, way: str = "exchange api") -> None:
         self.shim = shim
@@ -64,10 +69,68 @@ class ShimGpu:
         self.shim.copy_to_host(storage.data_ptr(), tensor.address, storage.nbytes)
         return storage.as_strided(like.shape, like.stride(), like.storage_offset())
 
+    def record(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Records the launches of a step, which are not run; the result runs them, with what is in memory then."""
+        recording = self.shim.Recording()
+        step()
+        recording.stop()
+        replay: Callable[[], None] = recording.replay
+        return replay
+
+    def allocations(self) -> int:
+        """How often memory was taken so far."""
+        return len(self.addresses)
+
     def close(self) -> None:
         for address in self.addresses:
             self.shim.release(address)
         self.addresses.clear()
+
+
+class TorchGpu:
+    """The current CUDA device, with the same methods."""
+
+    way = WAYS[0]
+    tensor_class = torch.Tensor
+
+    def __init__(self) -> None:
+        from pagedcore import _kernels  # the shim's own runs need no package
+
+        self.kernels = _kernels
+        self.num_devices = torch.cuda.device_count()
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: int = 0) -> torch.Tensor:
+        count = torch.Size(shape).numel() * dtype.itemsize
+        return torch.full((count,), 0xFF, dtype=torch.uint8, device=f"cuda:{device}").view(dtype).view(shape)
+
+    def upload(self, tensor: torch.Tensor, device: int = 0) -> torch.Tensor:
+        flat = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+        return flat.cuda(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def write(self, to: torch.Tensor, tensor: torch.Tensor) -> None:
+        to.copy_(tensor)
+
+    def download(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.cpu()
+
+    def record(self, step: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            step()
+
+        def replay() -> None:
+            graph.replay()
+            torch.cuda.synchronize()
+
+        return replay
+
+    def allocations(self) -> int:
+        count: int = torch.cuda.memory_stats().get("allocation.all.allocated", 0)
+        return count
+
+    def close(self) -> None:
+        """Nothing is kept."""
 
 
 class TensorFacts:

@@ -92,6 +92,7 @@ def test_codes_at_other_head_sizes(gpu: ShimGpu) -> None:
     )
 
 
+@pytest.mark.shim_only
 def test_blocks_beyond_32_bits(gpu: ShimGpu) -> None:
     """Tokens of a block so far apart that the last is 2^31 elements from the first."""
     batch = make_batch([1], [1], dtype=torch.bfloat16, block_size=2, heads=(1, 1))

@@ -42,6 +42,7 @@ def test_merge_states(shim: Any, dtype: torch.dtype, with_sinks: bool) -> None:
     assert (edges == 7).all()
 
 
+@pytest.mark.shim_only
 def test_no_rows(plain_shim: Any) -> None:
     nothing = (0, 0, 0, 0, 0, 0)
     fields = {"a": nothing, "b": nothing, "total": nothing, "num_tokens": 0, "num_heads": 2, "v_head_dim": 8}
