@@ -510,5 +510,5 @@ def test_names_of_devices(gpu: ShimGpu) -> None:
     for device, index in (("cpu", -1), ("cuda", 0), ("cuda:3", 3), (2, 2), (torch.device("cuda", 1), 1)):
         assert tensors.device_index(device) == index
     assert tensors.device_index(SimpleNamespace(id=4)) == 4
-    with pytest.raises(RuntimeError, match="device 7|invalid device ordinal"):  # as the shim says it, and CUDA
+    with pytest.raises(RuntimeError, match=r"device 7|invalid device ordinal"):  # as the shim says it, and CUDA
         ops.warmup("cuda:7")
