@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pagedcore import ops
-from pagedcore.errors import BlockError, InvalidArgumentError
+from pagedcore import _kernels, ops
+from pagedcore.errors import BlockError, InvalidArgumentError, UnsupportedError
 from pagedcore.layout import KVCacheLayout
 from reference import empty_cache
 
@@ -194,6 +194,19 @@ def test_sizes_of_what_cannot_be(size: Any) -> None:
         size(4, 4, 8, 2, 64, device="cpu", split_size=-1)
     with pytest.raises(TypeError, match=r"^split_size: expected an int or None, got str"):
         size(4, 4, 8, 2, 64, device="cpu", split_size="a")
+
+
+@pytest.mark.skipif(_kernels.gpu_facts()["images"] is not None, reason="these kernels were built with CUDA")
+def test_a_gpu_where_none_was_built_for() -> None:
+    calls = {
+        "warmup": lambda: ops.warmup("cuda:1"),
+        "errors": lambda: ops.device_errors("cuda:1"),
+        "size": lambda: ops.attention_workspace_size(4, 4, 8, 2, 64, device="cuda:1"),
+    }
+    for call in calls.values():
+        message = "^device: expected the CPU, as this build of pagedcore has no GPU kernels, got cuda:1$"
+        with pytest.raises(UnsupportedError, match=message):
+            call()
 
 
 def test_a_plan_needs_query_starts_that_fit() -> None:
