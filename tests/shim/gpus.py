@@ -38,6 +38,8 @@ class ShimGpu:
         self.kernels = shim.kernels
         self.way = way
         self.addresses: list[int] = []
+        self._parts: Any = None  # of a recording under way
+        self._recording: Any = None
         self.tensor_class = {
             "exchange api": exchange_tensor_class(self),
             "array interface": interface_tensor_class(self),
@@ -71,11 +73,31 @@ class ShimGpu:
 
     def record(self, step: Callable[[], None]) -> Callable[[], None]:
         """Records the launches of a step, which are not run; the result runs them, with what is in memory then."""
-        recording = self.shim.Recording()
+        parts: list[Callable[[], None]] = []
+        self._parts = parts
+        self._recording = self.shim.Recording()
         step()
-        recording.stop()
-        replay: Callable[[], None] = recording.replay
+        self._end_part()
+        self._parts = None
+
+        def replay() -> None:
+            for part in parts:
+                part()
+
         return replay
+
+    def between_launches(self, work: Callable[[], None]) -> None:
+        """Runs what a tensor library does on its device, or records it."""
+        if self._parts is None:
+            work()
+        else:
+            self._end_part()
+            self._parts.append(work)
+            self._recording = self.shim.Recording()
+
+    def _end_part(self) -> None:
+        self._recording.stop()
+        self._parts.append(self._recording.replay)
 
     def allocations(self) -> int:
         """How often memory was taken so far."""

@@ -50,14 +50,14 @@ def carve(gpu: ShimGpu, memory: Any, offset: int, shape: tuple[int, ...], dtype:
 def on_host(gpu: ShimGpu, function: Any) -> Any:
     """The function on copies in host memory, which are written back."""
 
-    def call(*args: Any) -> None:
+    def work(*args: Any) -> None:
         copies = [gpu.download(a) if hasattr(a, "like") else a for a in args]
         function(*copies)
         for tensor, copy in zip(args, copies, strict=True):
             if hasattr(tensor, "like"):
                 gpu.shim.copy_to_device(tensor.pointer, copy.data_ptr(), copy.nbytes)
 
-    return call
+    return lambda *args: gpu.between_launches(partial(work, *args))
 
 
 def attend(gpu: ShimGpu, batch: Batch, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,6 +97,36 @@ def test_memory_of_ones_own(gpu: ShimGpu) -> None:
     ops.cascade_attention(*args, num_shared_blocks=SHARED, out=own[0], lse=own[1], workspace=own[2])
     assert gpu.allocations() == before
     check(batch, gpu.download(own[0]), gpu.download(own[1]), row_factor=5, whole_references=True)
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_a_recorded_step(gpu: ShimGpu, planned: bool) -> None:
+    """Replayed with other lengths, and with padding; nothing is allocated."""
+    batch = sharing([40, 33, 5], [1, 1, 1], dtype=torch.bfloat16, heads=(8, 2))
+    sizes = (3, 3, 8, 2, 64)
+    out, lse = gpu.empty((3, 8, 64), torch.bfloat16), gpu.empty((3, 8), torch.float32)
+    workspace = gpu.empty((ops.cascade_workspace_size(*sizes, device=0),), torch.uint8)
+    plan = gpu.empty((ops.cascade_plan_size(*sizes, device=0),), torch.uint8)
+    args = arguments(gpu, batch)
+    shapes = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64, "num_tokens": 3, "max_query_len": 1}
+
+    def step() -> None:
+        if planned:
+            ops.plan_cascade(*args[4:], num_shared_blocks=SHARED, block_size=16, out=plan, **shapes)
+        more = {"plan": plan if planned else None, "workspace": workspace, "out": out, "lse": lse}
+        ops.cascade_attention(*args, num_shared_blocks=SHARED, max_query_len=1, **more)
+
+    step()
+    before = gpu.allocations()
+    replay = gpu.record(step)
+    assert gpu.allocations() == before
+    for own in ([40, 33, 5], [1, 17, 5], [32, 2, 0], [0, 0, 0]):
+        batch.seq_lens = torch.tensor([16 * SHARED + n if n else 0 for n in own], dtype=torch.int32)
+        gpu.write(args[4], batch.seq_lens)
+        gpu.write(out, torch.full(out.shape, float("nan"), dtype=torch.bfloat16))
+        replay()
+        check(batch, gpu.download(out), gpu.download(lse), row_factor=5, whole_references=True)
+    assert ops.device_errors(0) == []
 
 
 def test_a_plan_for_all_layers(gpu: ShimGpu, monkeypatch: pytest.MonkeyPatch) -> None:
