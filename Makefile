@@ -73,10 +73,13 @@ test-rust: ## The tests of the Rust core (no Python needed)
 	$(say) "cargo test"
 	@cargo test --locked $(if $(findstring test-rust,$(MAKECMDGOALS)),$(ARGS))
 
+# All of them in two processes, which share the files in their order (tests/conftest.py); what ARGS picks, in one.
+IN_TWO := --numprocesses=2 --dist=loadscope --no-loadscope-reorder
+
 .PHONY: test-python
 test-python: $(READY) $(MODEL) ## The Python tests but the slow ones
 	$(say) "pytest"
-	@.venv/bin/python -m pytest -m "not slow" $(ARGS)
+	@.venv/bin/python -m pytest -m "not slow" $(or $(ARGS),$(IN_TWO))
 
 .PHONY: test-slow
 test-slow: $(READY) $(MODEL) ## Only the slow Python tests

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from locks import locked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,6 +20,10 @@ SMOLLM2 = ROOT / ".cache" / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# Two processes of tests share the cores: threads that have nothing to do leave theirs to the other. Read once too.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 # CI runs the same examples each time and prints what replays a failure; elsewhere every run looks at new ones.
 COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
@@ -56,7 +61,23 @@ def smollm2(request: pytest.FixtureRequest) -> Path:
     from pagedcore.models import convert_gguf
 
     model = Path(environment.TEST_MODEL.read() or request.getfixturevalue("smollm2_gguf"))
-    return model if model.is_dir() else convert_gguf(model)
+    if model.is_dir():
+        return model
+    with locked(model.with_suffix(".lock")):
+        return convert_gguf(model)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Where tests run in several processes: those of a file in one, and all that share the wheel."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "tests/packaging" if file.startswith("tests/packaging/") else file
+
+    return ByFile(config, log)
 
 
 def runnable_isas() -> list[str]:

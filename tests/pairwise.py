@@ -26,11 +26,11 @@ class Rule(NamedTuple):
 
 def _allowed(chosen: Mapping[str, int], axes: Mapping[str, Sequence[Any]], rules: Sequence[Rule]) -> bool:
     """Whether no rule is broken by the axes chosen so far."""
-    return all(
-        rule.holds(*(axes[name][chosen[name]] for name in rule.axes))
-        for rule in rules
-        if all(name in chosen for name in rule.axes)
-    )
+    known = chosen.keys()
+    for rule in rules:
+        if known >= set(rule.axes) and not rule.holds(*[axes[name][chosen[name]] for name in rule.axes]):
+            return False
+    return True
 
 
 def _complete(
@@ -44,9 +44,10 @@ def _complete(
     if not rest:
         return chosen
     name = rest[0]
+    decided = [rule for rule in rules if name in rule.axes]  # the others were kept before, or wait for an axis yet
     for value in order(name, chosen):
         more = {**chosen, name: value}
-        if _allowed(more, axes, rules):
+        if _allowed(more, axes, decided):
             whole = _complete(more, rest[1:], axes, rules, order)
             if whole is not None:
                 return whole

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from locks import locked
+
 if TYPE_CHECKING:
     from types import ModuleType
 
@@ -37,14 +39,14 @@ def build(check: str, *, kernels: Path = GPU, directory: Path | None = None, hea
     head_dims = head_dims or (TILED_HEAD_DIMS if check == "none" else CHECKED_HEAD_DIMS)
     directory = directory or ROOT / "build" / f"shim-{check}"
     pybind11 = run_command([sys.executable, "-m", "pybind11", "--cmakedir"]).strip()
-    run_command(
-        [
-            *("cmake", "-S", str(ROOT / "cuda" / "shim"), "-B", str(directory), "-G", "Ninja"),
-            *(f"-Dpybind11_DIR={pybind11}", f"-DPython_EXECUTABLE={sys.executable}", f"-DPAGEDCORE_SHIM_CHECK={check}"),
-            *(f"-DPAGEDCORE_GPU_DIR={kernels}", f"-DPAGEDCORE_SHIM_HEAD_DIMS={','.join(map(str, head_dims))}"),
-        ]
-    )
-    run_command(["cmake", "--build", str(directory)])
+    configure = [
+        *("cmake", "-S", str(ROOT / "cuda" / "shim"), "-B", str(directory), "-G", "Ninja"),
+        *(f"-Dpybind11_DIR={pybind11}", f"-DPython_EXECUTABLE={sys.executable}", f"-DPAGEDCORE_SHIM_CHECK={check}"),
+        *(f"-DPAGEDCORE_GPU_DIR={kernels}", f"-DPAGEDCORE_SHIM_HEAD_DIMS={','.join(map(str, head_dims))}"),
+    ]
+    with locked(directory.with_suffix(".lock")):
+        run_command(configure)
+        run_command(["cmake", "--build", str(directory)])
     (library,) = directory.glob("_shim*.so")
     return library
 
