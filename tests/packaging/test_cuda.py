@@ -105,7 +105,7 @@ for call in (lambda: ops.zero_blocks(Array(), np.zeros(1, np.int32)), lambda: op
         said[0] == "kv: expected a tensor on the CPU, as this build of pagedcore has no GPU kernels, got one on cuda:0"
     )
     assert said[1:] == [
-        f"device: expected none, as this build of pagedcore has no GPU kernels, got cuda:{device}"
+        f"device: expected the CPU, as this build of pagedcore has no GPU kernels, got cuda:{device}"
         for device in (0, 1, 0)
     ]
 
