@@ -16,6 +16,7 @@
 #include "pagedcore/mask.h"
 #include "pagedcore/score.h"
 #include "pagedcore/softmax.h"
+#include "sequences.h"
 
 namespace pagedcore::gpu {
 namespace {
@@ -23,6 +24,7 @@ namespace {
 using namespace device;
 
 constexpr int kWarps = 4;
+constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kMaxDim = 256;
 constexpr int kColumns = kMaxDim / kWarpSize;  // of the output, per lane
 constexpr int kMaxBlocks = 16384;              // of the grid: enough to fill any GPU many times over
@@ -130,8 +132,9 @@ PAGEDCORE_DEVICE void attend_row(const AttentionParams& p, int64_t token, int he
 }
 
 template <class T, class C>
-PAGEDCORE_KERNEL(kWarps* kWarpSize, 1)
+PAGEDCORE_KERNEL(kThreads, 1)
 attention_kernel(const AttentionParams p) {
+  check_sequences(p, int64_t{block_x()} * kThreads + thread_id(), int64_t{grid_x()} * kThreads);
   float* q = reinterpret_cast<float*>(shared_memory()) + warp_id() * p.head_dim;
   const int64_t rows = p.num_tokens * p.num_heads;
   for (int64_t row = int64_t{block_x()} * kWarps + warp_id(); row < rows; row += int64_t{grid_x()} * kWarps) {
@@ -142,7 +145,7 @@ attention_kernel(const AttentionParams p) {
 template <class T, class C>
 void run(const AttentionParams& p, Stream stream) {
   const int64_t blocks = (p.num_tokens * p.num_heads + kWarps - 1) / kWarps;
-  launch(attention_kernel<T, C>, static_cast<int>(blocks < kMaxBlocks ? blocks : kMaxBlocks), 1, 1, kWarps * kWarpSize,
+  launch(attention_kernel<T, C>, static_cast<int>(blocks < kMaxBlocks ? blocks : kMaxBlocks), 1, 1, kThreads,
          static_cast<size_t>(kWarps * p.head_dim) * sizeof(float), stream, p);
 }
 

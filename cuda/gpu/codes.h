@@ -35,7 +35,7 @@ PAGEDCORE_FN uint32_t shifted_codes(uint32_t high_bytes) {
 
 // Of four codes the first and third, and the second and fourth, as pairs of f16.
 PAGEDCORE_DEVICE void decode(uint32_t codes, uint32_t& even, uint32_t& odd) {
-  if constexpr (device::kConvertsCodes) {
+  if (device::converts_codes()) {
     device::convert_codes(codes, even, odd);
   } else {
     even = device::times_256(shifted_codes(codes << 8));
@@ -173,9 +173,15 @@ PAGEDCORE_DEVICE void rescale_output(const float (&most)[2], CodesState<kDim>& s
   }
 }
 
-// V's whose scales are below 2^-kMostLift come out too small.
-constexpr float kMostLift = 100.0f;
+// How far weights times scales may lie below weights: as far as floats do, but for the subnormal ones.
+constexpr float kMostLift = 126.0f;
 constexpr float kLeastNormalHalf = 6.103515625e-5f;  // 2^-14
+
+// What a weight times scale is multiplied with to be compared with weights. 0, so that it is not, where that is no
+// float.
+PAGEDCORE_DEVICE float inverse_of(float scale) {
+  return fabsf(scale) < 0x1p-126f ? 0.0f : device::divide_approx(1.0f, scale);
+}
 
 // As fold_keys of 16-bit elements; leaves nothing in `score`. `v_scales`: of the keys.
 template <int kKeys, int kDim>
@@ -216,7 +222,7 @@ PAGEDCORE_DEVICE void fold_codes(device::Lane lane, float (&score)[kKeys / 8][4]
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float* scale = of_lane + first + i * 8;
-      const float inverse[2] = {device::divide_approx(1.0f, scale[0]), device::divide_approx(1.0f, scale[1])};
+      const float inverse[2] = {inverse_of(scale[0]), inverse_of(scale[1])};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float (&s)[4] = score[first / 8 + i];

@@ -15,10 +15,10 @@ namespace {
 
 constexpr int kWarps = 4;
 
-// Above kMostMixedDim registers leave no room for both sizes in one kernel.
+// Above kMostDimOfBothTiles registers leave no room for both sizes in one kernel.
 template <int kDim, class T>
-using Few =
-    std::conditional_t<kDim <= kMostMixedDim, FewRows<kDim, T, kWarps * device::kWarpSize>, ManyRows<kDim, T, kWarps>>;
+using Few = std::conditional_t<kDim <= kMostDimOfBothTiles, FewRows<kDim, T, kWarps * device::kWarpSize>,
+                               ManyRows<kDim, T, kWarps>>;
 
 template <int kDim, class T>
 PAGEDCORE_KERNEL(kWarps* device::kWarpSize, (kDim <= 128 ? 2 : 1))

@@ -56,6 +56,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // From how many rows a sequence on, on the average, tiles of 128 are taken although some sequences may decode. Where
 // all are known to be alike, from one full tile on.
 constexpr int64_t kPrefillRows = 512;
+constexpr int64_t kPrefillTile = 128;
 
 enum class Tiles { decode, mixed, prefill };
 
@@ -64,15 +65,30 @@ int64_t longest_query(const AttentionParams& p) { return p.max_query_len > 0 ? p
 
 // With a split_size a sequence has the same bits in any company. Tiles of 64 and of 128 rows give a row the same, tiles
 // of 16 do not: a sequence of few rows has these in every launch that it may be in, or in none.
+bool same_in_any_company(const AttentionParams& p) {
+  return p.split_size >= 0 && p.num_heads / p.num_kv_heads <= kFewRows;
+}
+
+// The tiles that calls may have which are like this one, but for the number of tokens and sequences and, where it makes
+// queries shorter, max_query_len.
+struct PossibleTiles {
+  bool decode, mixed, prefill;
+};
+
+PossibleTiles possible_tiles(const AttentionParams& p) {
+  const bool same = same_in_any_company(p);
+  const bool decode = !(same && p.head_dim > kMostDimOfBothTiles);
+  const int64_t rows = longest_query(p) * (p.num_heads / p.num_kv_heads);
+  return {decode, !decode || rows > kFewRows, rows >= kPrefillTile && !same && takes_prefill(p.head_dim)};
+}
+
 Tiles tiles_for(const AttentionParams& p) {
+  const PossibleTiles possible = possible_tiles(p);
+  if (!possible.mixed) return Tiles::decode;
+  if (!possible.prefill) return Tiles::mixed;
+  const bool alike = p.num_tokens == p.num_seqs * longest_query(p);
   const int64_t group = p.num_heads / p.num_kv_heads;
-  const int64_t max_query_len = longest_query(p);
-  const bool same_always = p.split_size >= 0 && group <= kFewRows;
-  if (max_query_len * group <= kFewRows && !(same_always && p.head_dim > kMostMixedDim)) return Tiles::decode;
-  if (same_always) return Tiles::mixed;
-  const bool alike = p.num_tokens == p.num_seqs * max_query_len;
-  const bool prompts = alike ? max_query_len * group >= 128 : p.num_tokens * group >= p.num_seqs * kPrefillRows;
-  return prompts && takes_prefill(p.head_dim) ? Tiles::prefill : Tiles::mixed;
+  return alike || p.num_tokens * group >= p.num_seqs * kPrefillRows ? Tiles::prefill : Tiles::mixed;
 }
 
 TiledKernel kernel_for(const AttentionParams& p) {
@@ -183,12 +199,10 @@ AttentionMemory most_memory(const AttentionParams& p) {
     most.plan = layout.plan_bytes > most.plan ? layout.plan_bytes : most.plan;
     most.workspace = layout.workspace_bytes > most.workspace ? layout.workspace_bytes : most.workspace;
   };
-  add(decode_kernel_for(p));
-  if (longest_query(p) * (p.num_heads / p.num_kv_heads) > kFewRows || p.split_size >= 0) {
-    // Which of them a call takes depends on how many sequences share its tokens.
-    add(mixed_kernel_for(p));
-    if (takes_prefill(p.head_dim)) add(prefill_kernel_for(p));
-  }
+  const PossibleTiles possible = possible_tiles(p);
+  if (possible.decode) add(decode_kernel_for(p));
+  if (possible.mixed) add(mixed_kernel_for(p));
+  if (possible.prefill) add(prefill_kernel_for(p));
   return most;
 }
 

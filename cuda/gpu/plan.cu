@@ -7,6 +7,7 @@
 #include "plan.h"
 
 #include "pagedcore/device.h"
+#include "sequences.h"
 
 namespace pagedcore::gpu {
 namespace {
@@ -66,6 +67,7 @@ PAGEDCORE_DEVICE int last_not_above(int count, int64_t x, const Value& value) {
 PAGEDCORE_KERNEL(kThreads, 1) plan_kernel(const PlannedAttention params) {
   const AttentionParams& p = params.attention;
   const WorkPlan& plan = params.plan;
+  check_sequences(p, thread_id(), kThreads);
 
   const Share seqs = share_of(p.num_seqs);
   int64_t tiles = 0;

@@ -41,6 +41,17 @@ struct BlockWork {
     limit = block_begin(header, device::block_x() + 1);
   }
 
+  // What is past the table is part of the line, which is made without it, and is not looked at. Pieces that one block
+  // has of it are not even counted: a length that is no length must not hold up a GPU.
+  static PAGEDCORE_MEMBER void cut_at_table(const AttentionParams& p, const WorkPlan& plan, Span& s) {
+    const int64_t table_end = p.max_blocks * p.block_size;
+    if (s.work.end <= table_end) return;
+    s.work.end = static_cast<int>(table_end);
+    if (!plan.fixed || !is_whole(s)) return;
+    const int64_t pieces = (table_end - s.work.first_key + plan.unit_keys - 1) / plan.unit_keys;
+    s.work.units = s.end = pieces < 1 ? 1 : static_cast<int>(pieces);
+  }
+
   // By the same thread: the next item of which the block has anything.
   PAGEDCORE_MEMBER void next(const PlannedAttention& params) {
     const AttentionParams& p = params.attention;
@@ -68,9 +79,7 @@ struct BlockWork {
       s.begin = units_before(s, place);
       s.end = units_before(s, limit);
       place = s.item_begin + length;
-      // What is past the table is part of the line, which is made without it, and is not looked at.
-      const int64_t table_end = p.max_blocks * p.block_size;
-      if (s.work.end > table_end) s.work.end = static_cast<int>(table_end);
+      cut_at_table(p, plan, s);
       if (s.kv_head + 1 == p.num_kv_heads) ++item;
       if (s.begin < s.end) more = 1;
       span = s;

@@ -31,9 +31,9 @@ struct TiledKernel {
 
 // Tiles of 16 rows: decode, and a few query tokens a sequence (decode.cu).
 TiledKernel decode_kernel_for(const AttentionParams& params);
-// Tiles of 16 rows for such sequences, of 64 for the others (mixed.cu); above kMostMixedDim of 64 for all.
+// Tiles of 16 rows for such sequences, of 64 for the others (mixed.cu); above kMostDimOfBothTiles of 64 for all.
 TiledKernel mixed_kernel_for(const AttentionParams& params);
-constexpr int kMostMixedDim = 192;
+constexpr int kMostDimOfBothTiles = 192;
 // Tiles of 128 rows: prompts (prefill.cu). At other head sizes than these tiles of 64 serve them, to the same bits:
 // above 128 two stages of keys beside 128 rows of Q would not fit shared memory, and between them few models are.
 TiledKernel prefill_kernel_for(const AttentionParams& params);

@@ -7,6 +7,7 @@
 
 #include <tuple>
 
+#include "decode.h"
 #include "faulty.h"
 #include "gpu.h"
 #include "shim.h"
@@ -75,6 +76,7 @@ AttentionParams attention_params(const py::dict& fields) {
   p.lse = pointer<float>(fields, "lse");
   p.alibi_slopes = pointer<const float>(fields, "alibi_slopes");
   p.sinks = pointer<const float>(fields, "sinks");
+  p.faults = pointer<uint32_t>(fields, "faults");
   p.split_size = -1;
 #define PAGEDCORE_FIELD(name) set(p.name, fields, #name)
   PAGEDCORE_FIELD(query_token_stride);
@@ -95,6 +97,7 @@ AttentionParams attention_params(const py::dict& fields) {
   PAGEDCORE_FIELD(v_head_dim);
   PAGEDCORE_FIELD(block_size);
   PAGEDCORE_FIELD(max_query_len);
+  PAGEDCORE_FIELD(max_seq_len);
   PAGEDCORE_FIELD(window);
   PAGEDCORE_FIELD(split_size);
   PAGEDCORE_FIELD(scale);
@@ -182,6 +185,8 @@ PYBIND11_MODULE(PAGEDCORE_SHIM_MODULE, m) {
   py::register_local_exception<shim::KernelFault>(m, "KernelFault", PyExc_RuntimeError);
   m.def("set_seed", &shim::set_seed);
   m.def("set_multiprocessors", &shim::set_multiprocessors);
+  m.def("set_compute_capability", &shim::set_compute_capability);
+  m.def("decode_codes", &shim::decode_codes);
   m.def("allocate", [](size_t bytes) { return reinterpret_cast<uintptr_t>(shim::allocate(bytes)); });
   m.def("reserve", [](size_t bytes) { return reinterpret_cast<uintptr_t>(shim::allocate(bytes, false)); });
   m.def("release", [](uintptr_t memory) { shim::release(reinterpret_cast<void*>(memory)); });
@@ -196,6 +201,11 @@ PYBIND11_MODULE(PAGEDCORE_SHIM_MODULE, m) {
   m.def("why_not_tiled", [](const py::dict& fields) { return gpu::why_not_tiled(shim::attention_params(fields)); });
   m.def("plan_bytes", [](const py::dict& fields) { return gpu::plan_bytes(shim::attention_params(fields)); });
   m.def("workspace_bytes", [](const py::dict& fields) { return gpu::workspace_bytes(shim::attention_params(fields)); });
+  m.def("most_memory", [](const py::dict& fields) {
+    const gpu::AttentionMemory most = gpu::most_memory(shim::attention_params(fields));
+    return std::make_pair(most.plan, most.workspace);
+  });
+  m.def("kernel_name", [](const py::dict& fields) { return gpu::kernel_name(shim::attention_params(fields)); });
   m.def("paged_attention", &shim::paged_attention, py::arg("fields"), py::arg("plan"), py::arg("workspace"),
         py::arg("planned") = false);
   py::class_<shim::Recording>(m, "Recording", py::module_local(),

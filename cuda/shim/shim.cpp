@@ -41,6 +41,7 @@ struct Runtime {
   Random random;
   uint64_t seed = 0;
   int multiprocessors = 6;
+  int compute_capability = 80;
   ThreadIndex index{};
   std::vector<std::unique_ptr<Thread>> threads;  // made once, reused by every block
   std::vector<int> ready;
@@ -303,6 +304,9 @@ void set_seed(uint64_t seed) {
 
 void set_multiprocessors(int count) { runtime().multiprocessors = count; }
 int multiprocessors() { return runtime().multiprocessors; }
+
+void set_compute_capability(int capability) { runtime().compute_capability = capability; }
+int compute_capability() { return runtime().compute_capability; }
 
 Recording::Recording() {
   if (runtime().recording != nullptr) throw KernelFault("launches are being recorded already");

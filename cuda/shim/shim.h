@@ -57,6 +57,10 @@ void set_seed(uint64_t seed);
 void set_multiprocessors(int count);
 int multiprocessors();
 
+// Of the device, as 89 for sm_89: which instructions it has. 80 at first, the least that the kernels run on.
+void set_compute_capability(int capability);
+int compute_capability();
+
 // Launches are put aside instead of run, as in the capture of a graph, and run by `replay` with what device memory
 // holds then.
 class Recording {

@@ -361,6 +361,7 @@ _DEVICE_FAULTS = (
     "a slot past the cache",
     "a change of a block table outside of it",
     "a plan that was made for a call of other sizes or lengths, or was not made: what it did not fit was left out",
+    "query starts that do not rise from 0 to num_tokens at most, or lengths below 0 or past max_query_len, max_seq_len",
 )
 
 

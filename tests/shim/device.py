@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from reference import Batch
 
+# What kernels flag, in the order of faults.h.
+FAULTS = ("block", "length", "slot", "update", "plan", "sequence")
 ELEMENT = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -99,6 +101,7 @@ class Attention:
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
         max_query_len: int | None = None,
+        max_seq_len: int = 0,
     ) -> None:
         self.device = device
         num_tokens, num_heads, head_dim = batch.query.shape
@@ -118,6 +121,7 @@ class Attention:
             "block_table": device.upload(batch.block_table),
             "seq_lens": device.upload(batch.seq_lens),
             "query_start_loc": device.upload(batch.query_start_loc),
+            "faults": device.upload(torch.zeros(len(FAULTS), dtype=torch.int32)),
             **self._outputs(),
             "query_token_stride": batch.query.stride(0),
             "query_head_stride": batch.query.stride(1),
@@ -137,6 +141,7 @@ class Attention:
             "v_head_dim": v_head_dim,
             "block_size": block_size,
             "max_query_len": max_query_len or max([1, *batch.query_start_loc.diff().tolist()]),
+            "max_seq_len": max_seq_len,
             "window": window or 0,
             "scale": head_dim**-0.5,
             "causal": causal,
@@ -164,6 +169,11 @@ class Attention:
         for layer in range(launches):
             self.fields |= self._outputs()  # of its own, so that a launch that writes nothing is seen
             shim.paged_attention(self.fields, plan, workspace, planned=layer > 0)
+
+    def faults(self) -> set[str]:
+        """What the kernels flagged."""
+        words = self.device.download(self.fields["faults"], torch.empty(len(FAULTS), dtype=torch.int32))
+        return {name for name, word in zip(FAULTS, words.tolist(), strict=True) if word}
 
     def _outputs(self) -> dict[str, int]:
         return {

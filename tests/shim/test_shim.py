@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import mutants
+import planted
 import pytest
 import shim_build
 import test_shim_address
@@ -90,8 +90,8 @@ def test_memory_is_checked(plain_shim: Any) -> None:
         plain_shim.release(address)
 
 
-@pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda mutant: mutant.name)
-def test_planted_faults_have_their_place(mutant: mutants.Mutant) -> None:
+@pytest.mark.parametrize("mutant", planted.MUTANTS, ids=lambda mutant: mutant.name)
+def test_planted_faults_have_their_place(mutant: planted.Mutant) -> None:
     """`make shim-mutants` is not run with the tests; that it can run is checked here."""
     assert (shim_build.GPU / mutant.file).read_text().count(mutant.old) == 1
     file, _, test = mutant.test.partition("::")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from codes import GRANULARITIES, Quantized
 from device import Attention, Device, attend, check_tiled
+from pagedcore.quantized import dequantize
 from reference import FEATURES, make_batch
 
 if TYPE_CHECKING:
@@ -121,15 +124,18 @@ def test_strides(plain_shim: Any, make: Any) -> None:
 
 @BATCHES
 @pytest.mark.parametrize("granularity", ["head", "token"])
-@pytest.mark.parametrize("size", [2.0**-7, 2.0**-14, 2.0**-24, 2.0**13])
-def test_values_of_any_size(plain_shim: Any, make: Any, granularity: str, size: float) -> None:
-    """Weights times such scales are no normal f16, or none at all. In bfloat16, which holds the output."""
+@pytest.mark.parametrize("power", [-7, -14, -24, -100, -119, -122, 13, 110])
+def test_values_of_any_size(plain_shim: Any, make: Any, granularity: str, power: int) -> None:
+    """Weights times such scales are no normal f16, or none at all, and at last the scales no normal f32.
+
+    In bfloat16, which holds the output.
+    """
     quantized = Quantized(make(), granularity)
-    quantized.scales[1] *= size
-    quantized.exact.v_cache.mul_(size)
+    exact = quantized.exact.v_cache
+    quantized.scales[1] *= 2.0**power
     out, lse = attend_codes(plain_shim, quantized)
-    alike = replace(quantized.exact, v_cache=quantized.exact.v_cache / size)
-    check_tiled(alike, out / size, lse, row_factor=4)
+    unscaled = (out.double() * 2.0**-power).to(out.dtype)
+    check_tiled(replace(quantized.exact, v_cache=exact), unscaled, lse, row_factor=4)
 
 
 @BATCHES
@@ -254,6 +260,72 @@ def test_scales_of_zero(plain_shim: Any, make: Any) -> None:
     out, lse = attend_codes(plain_shim, quantized)
     assert (out == 0).all()
     check_tiled(quantized.exact, torch.zeros_like(out) + quantized_out(quantized), lse)
+
+
+SCALES = [0.0, 1e-45, 2.0**-130, 2.0**-126, 2.0**-110, float("nan"), float("inf")]
+
+
+@BATCHES
+@pytest.mark.parametrize("side", [0, 1], ids=["K", "V"])
+@pytest.mark.parametrize("scale", SCALES)
+def test_one_scale_of_any_size(plain_shim: Any, make: Any, side: int, scale: float) -> None:
+    """One key's, beside others of usual scales, is what the generic kernel makes of it: a value, or none."""
+    quantized = Quantized(make(), "token")
+    batch = quantized.batch
+    block, slot = int(batch.block_table[1, 0]), 3
+    quantized.scales[side][block, :, slot] = scale
+    k_scale, v_scale = quantized.scales
+    out, lse = attend_codes(plain_shim, quantized)
+    plain, plain_lse = attend(plain_shim, quantized.of_codes, "generic", k_scale=k_scale, v_scale=v_scale)
+    last = int(batch.query_start_loc[2]) - 1  # the row of the sequence that sees all of its keys
+    usual = [token for token in range(len(out)) if not batch.query_start_loc[1] <= token < last]
+    assert torch.equal(out[usual].isfinite(), plain[usual].isfinite())
+    expected = math.isfinite(scale) or (side == 0 and bool(plain[last].isfinite().all()))
+    assert bool(out[last].isfinite().all()) == expected
+    finite = plain.isfinite() & out.isfinite()
+    torch.testing.assert_close(out[finite], plain[finite], rtol=2e-2, atol=4e-3)
+    seen = plain_lse.isfinite() & lse.isfinite()
+    torch.testing.assert_close(lse[seen], plain_lse[seen], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.shim_only
+@pytest.mark.parametrize("capability", [80, 89])
+def test_all_codes_are_decoded(plain_shim: Any, capability: int) -> None:
+    """By shifts and by the instruction, in each place of four, to the bit, as torch reads them; NaN is any NaN."""
+    plain_shim.set_compute_capability(capability)
+    all_codes = torch.arange(256, dtype=torch.uint8)
+    exact = torch.from_numpy(dequantize(all_codes.view(1, 1, 1, 256).numpy(), np.ones((1, 1, 1), np.float32))).flatten()
+    try:
+        for place in range(4):
+            ones = 0x38383838 & ~(0xFF << 8 * place)
+            pairs = torch.tensor([plain_shim.decode_codes(ones | code << 8 * place) for code in range(256)])
+            assert (pairs[:, 1 - place % 2] == 0x3C003C00).all()  # 1 and 1
+            got = (pairs[:, place % 2] >> place // 2 * 16 & 0xFFFF).to(torch.uint16).view(torch.float16)
+            assert got.isnan().nonzero().flatten().tolist() == list(NAN_CODES)
+            real = ~got.isnan()
+            by_torch = all_codes.view(torch.float8_e4m3fn).to(torch.float16)
+            for want in (by_torch, exact.to(torch.float16)):
+                assert torch.equal(got[real].view(torch.int16), want[real].view(torch.int16))  # -0 is not 0
+    finally:
+        plain_shim.set_compute_capability(80)
+
+
+@BATCHES
+@HALVES
+def test_the_instruction_gives_the_same_bits(plain_shim: Any, make: Any, dtype: torch.dtype) -> None:
+    """Which decodes from sm_89 on, in the place of shifts; NaN in both sides of some keys too."""
+    quantized = Quantized(make(dtype=dtype), "token")
+    for side, column in enumerate((5, 9)):
+        quantized.codes[side][int(quantized.batch.block_table[1, 0]), -1, 3, column] = NAN_CODES[side]
+    shifts = attend_codes(plain_shim, quantized)
+    plain_shim.set_compute_capability(90)
+    try:
+        instruction = attend_codes(plain_shim, quantized)
+    finally:
+        plain_shim.set_compute_capability(80)
+    for one, other in zip(shifts, instruction, strict=True):
+        assert torch.equal(one.isnan(), other.isnan())
+        assert torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
 def quantized_out(quantized: Quantized) -> torch.Tensor:

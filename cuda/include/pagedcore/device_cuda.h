@@ -128,7 +128,7 @@ __device__ __forceinline__ Floats2 unpack2<bf16>(uint32_t pair) {
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-constexpr bool kConvertsCodes = true;
+PAGEDCORE_DEVICE constexpr bool converts_codes() { return true; }
 PAGEDCORE_DEVICE void convert_codes(uint32_t codes, uint32_t& even, uint32_t& odd) {
   asm("{.reg .b16 low, high;\n .reg .b32 sorted;\n prmt.b32 sorted, %2, 0, 0x3120;\n mov.b32 {low, high}, sorted;\n"
       " cvt.rn.f16x2.e4m3x2 %0, low;\n cvt.rn.f16x2.e4m3x2 %1, high;}"
@@ -136,7 +136,7 @@ PAGEDCORE_DEVICE void convert_codes(uint32_t codes, uint32_t& even, uint32_t& od
       : "r"(codes));
 }
 #else
-constexpr bool kConvertsCodes = false;
+PAGEDCORE_DEVICE constexpr bool converts_codes() { return false; }
 PAGEDCORE_DEVICE void convert_codes(uint32_t, uint32_t&, uint32_t&) {}
 #endif
 PAGEDCORE_DEVICE uint32_t times_256(uint32_t pair) {
@@ -164,7 +164,9 @@ PAGEDCORE_DEVICE void fence() { __threadfence(); }
 PAGEDCORE_DEVICE void raise_flag(uint32_t* word) { *static_cast<volatile uint32_t*>(word) = 1; }
 
 inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // told here, and not again to whoever asks next
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
 template <class Params>
@@ -206,8 +208,11 @@ void load(void (*kernel)(Params)) {
 template <class Params>
 void launch(void (*kernel)(Params), int grid_x, int grid_y, int grid_z, int threads, size_t shared_bytes, Stream stream,
             const Params& params) {
-  kernel<<<dim3(grid_x, grid_y, grid_z), threads, shared_bytes, stream>>>(params);
-  check(cudaGetLastError(), "kernel launch");
+  // What <<<>>> says is to be read from cudaGetLastError, which has the errors of others too.
+  Params copy = params;
+  void* arguments[] = {&copy};
+  check(cudaLaunchKernel(kernel, dim3(grid_x, grid_y, grid_z), dim3(threads), arguments, shared_bytes, stream),
+        "kernel launch");
 }
 
 }  // namespace pagedcore::device

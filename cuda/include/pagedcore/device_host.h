@@ -98,10 +98,18 @@ PAGEDCORE_DEVICE Floats2 unpack2(uint32_t pair) {
   return {to_float(T{static_cast<uint16_t>(pair)}), to_float(T{static_cast<uint16_t>(pair >> 16)})};
 }
 
-// Whether there is an instruction for e4m3 codes, from sm_89 on; and that: codes 0 and 2 of four as a pair of f16, and
-// codes 1 and 3. The shim has none, so that it runs the kernels' own way, which sm_80 takes.
-constexpr bool kConvertsCodes = false;
-PAGEDCORE_DEVICE void convert_codes(uint32_t, uint32_t&, uint32_t&) {}
+// Whether there is an instruction for e4m3 codes, from sm_89 on, which a device's code knows when it is compiled; and
+// that: codes 0 and 2 of four as a pair of f16, and codes 1 and 3.
+PAGEDCORE_DEVICE bool converts_codes() { return shim::compute_capability() >= 89; }
+PAGEDCORE_DEVICE void convert_codes(uint32_t codes, uint32_t& even, uint32_t& odd) {
+  const auto half = [codes](int i) {
+    f16 value;
+    from_float(to_float(e4m3{static_cast<uint8_t>(codes >> 8 * i)}), value);
+    return uint32_t{value.bits};
+  };
+  even = half(0) | half(2) << 16;
+  odd = half(1) | half(3) << 16;
+}
 // A pair of f16 times 2^8; exact where that is finite.
 PAGEDCORE_DEVICE uint32_t times_256(uint32_t pair) {
   const Floats2 values = unpack2<f16>(pair);
