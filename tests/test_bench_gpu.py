@@ -189,6 +189,20 @@ def suite(peers: tuple[Peer, ...], monkeypatch: pytest.MonkeyPatch, **options: A
     return attention_gpu.Suite(bench(**options), TINY, compiling.Background([], 1))
 
 
+def test_a_peer_that_does_not_take_a_case_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless it does so under another entry."""
+
+    def make(batch: Batch) -> Callable[[int], torch.Tensor]:
+        return batch.reference
+
+    peers = [Peer("both", (kind,), paged=True, make=make) for kind in ("decode", "prefill")]
+    run = suite((*peers, Peer("prompts", ("prefill", "mixed"), paged=True, make=make)), monkeypatch)
+    run._beside_peers(decode(LLAMA_8B, 1, 40), slow_starts=False)
+    assert {result.metric for result in run.session.results} == {"pagedcore", "both"}
+    (skipped,) = run.session.not_run
+    assert (skipped.metric, skipped.reason) == ("prompts", "does not take decode batches")
+
+
 def test_a_peer_that_raises_and_one_that_is_wrong_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[str] = []
 

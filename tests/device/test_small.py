@@ -12,23 +12,10 @@ import pytest
 import torch
 from codes import GRANULARITIES, Quantized, caches, scales_of
 from pagedcore import ops
-from reference import SHARED, Batch, check, features, make_batch, sharing
+from reference import SHARED, Batch, check, features, sharing
+from small_shapes import KERNELS, OTHER_HEAD_DIMS, OTHER_KERNELS, SIZES, SPLITS, small_batch
 
 DEVICE = os.environ.get("PAGEDCORE_TEST_DEVICE", "cpu")
-
-# Lengths, query lengths and heads that make `paged_attention` take a kernel; head sizes and dtypes with them.
-KERNELS = {
-    "decode": ([70, 5, 0, 33], [1, 2, 1, 1], (8, 2)),
-    "mixed": ([70, 40, 0], [1, 20, 1], (8, 2)),
-    "prefill": ([70, 40], [34, 34], (8, 2)),
-    "generic": ([70, 5, 0], [1, 3, 1], (4, 2)),
-}
-SIZES = [(64, torch.bfloat16), (128, torch.float16)]
-
-
-def batch_for(kernel: str, head_dim: int, dtype: torch.dtype) -> Batch:
-    lengths, queries, heads = KERNELS[kernel]
-    return make_batch(lengths, queries, dtype=dtype, heads=heads, head_dim=head_dim + 8 * (kernel == "generic"))
 
 
 def attend(batch: Batch, kernel: str, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,17 +33,17 @@ def attend(batch: Batch, kernel: str, **options: Any) -> tuple[torch.Tensor, tor
 
 @pytest.mark.parametrize("kernel", list(KERNELS))
 @pytest.mark.parametrize(("head_dim", "dtype"), SIZES, ids=str)
-@pytest.mark.parametrize("split_size", [None, 64])
+@pytest.mark.parametrize("split_size", SPLITS)
 def test_attention(kernel: str, head_dim: int, dtype: torch.dtype, split_size: int | None) -> None:
     """Cut by the planner, and in pieces that are merged."""
-    batch = batch_for(kernel, head_dim, dtype)
+    batch = small_batch(kernel, head_dim, dtype)
     check(batch, *attend(batch, kernel, split_size=split_size), whole_references=kernel != "generic")
 
 
 @pytest.mark.parametrize("kernel", list(KERNELS))
 @pytest.mark.parametrize(("head_dim", "dtype"), SIZES, ids=str)
 def test_attention_over_codes(kernel: str, head_dim: int, dtype: torch.dtype) -> None:
-    quantized = Quantized(batch_for(kernel, head_dim, dtype), "token")
+    quantized = Quantized(small_batch(kernel, head_dim, dtype), "token")
     k_scale, v_scale = quantized.scales
     out, lse = attend(quantized.of_codes, kernel, k_scale=k_scale, v_scale=v_scale)
     check(quantized.exact, out, lse, row_factor=4, whole_references=kernel != "generic")
@@ -64,25 +51,25 @@ def test_attention_over_codes(kernel: str, head_dim: int, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("kernel", list(KERNELS))
 def test_attention_with_features(kernel: str) -> None:
-    batch = batch_for(kernel, 64, torch.bfloat16)
+    batch = small_batch(kernel, 64, torch.bfloat16)
     options = features("softcap", "alibi_slopes", "sinks", "window", num_heads=batch.query.shape[1])
     check(batch, *attend(batch, kernel, **options), whole_references=kernel != "generic", **options)
 
 
-@pytest.mark.parametrize("head_dim", [80, 96, 112, 192, 256])
+@pytest.mark.parametrize("head_dim", OTHER_HEAD_DIMS)
 def test_other_head_sizes(head_dim: int) -> None:
-    for kernel in ("decode", "mixed"):
-        batch = batch_for(kernel, head_dim, torch.bfloat16)
+    for kernel in OTHER_KERNELS:
+        batch = small_batch(kernel, head_dim, torch.bfloat16)
         check(batch, *attend(batch, kernel), whole_references=True)
 
 
 def test_float32() -> None:
-    batch = batch_for("generic", 64, torch.float32)
+    batch = small_batch("generic", 64, torch.float32)
     check(batch, *attend(batch, "generic"))
 
 
 def test_a_plan_of_ones_own() -> None:
-    batch = batch_for("mixed", 64, torch.bfloat16)
+    batch = small_batch("mixed", 64, torch.bfloat16)
     args = [tensor.to(DEVICE) for tensor in batch.args]
     plan = ops.plan_attention(
         *args[4:],

@@ -9,6 +9,7 @@ import torch
 from pagedcore import ops
 from pagedcore.errors import InvalidArgumentError
 from reference import make_batch
+from small_shapes import KERNELS, OTHER_HEAD_DIMS, OTHER_KERNELS, SIZES, SPLITS, small_batch
 from test_shim_binding import make_gpu
 
 if TYPE_CHECKING:
@@ -55,6 +56,21 @@ def test_kernels(
     gpu: ShimGpu, queries: list[int], max_query_len: int | None, options: dict[str, Any], kernel: str
 ) -> None:
     assert explain(gpu, queries, max_query_len, **options) == kernel
+
+
+@pytest.mark.parametrize(
+    ("kernel", "head_dim", "dtype", "split_size"),
+    [
+        *((kernel, *size, split_size) for kernel in KERNELS for size in SIZES for split_size in SPLITS),
+        *((kernel, head_dim, torch.bfloat16, None) for kernel in OTHER_KERNELS for head_dim in OTHER_HEAD_DIMS),
+    ],
+)
+def test_small_shapes(gpu: ShimGpu, kernel: str, head_dim: int, dtype: torch.dtype, split_size: int | None) -> None:
+    """Each takes the kernel that it is named after: on a GPU the sanitizers see nothing else."""
+    batch = small_batch(kernel, head_dim, dtype)
+    tensors = [gpu.upload(t) for t in (batch.query, batch.k_cache, batch.v_cache)]
+    sizes = {"num_seqs": len(batch.seq_lens), "max_query_len": int(batch.query_start_loc.diff().max())}
+    assert ops.explain_attention(*tensors, split_size=split_size, **sizes).startswith(kernel)
 
 
 @pytest.mark.parametrize(

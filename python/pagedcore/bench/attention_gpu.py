@@ -167,7 +167,10 @@ class Suite:
     def _beside_peers(self, case: Case, *, slow_starts: bool) -> None:
         batch = self._batch(case)
         contenders, paged = {OURS: self._ours(batch)}, []
-        for peer in (peer for peer in PEERS if case.kind in peer.kinds):
+        able = [peer for peer in PEERS if case.kind in peer.kinds]
+        for name in sorted({peer.name for peer in PEERS} - {peer.name for peer in able}):
+            self.session.skip(case.name, name, f"does not take {case.kind} batches")
+        for peer in able:
             why = self._why_not(peer, case, slow_starts=slow_starts)
             if why is not None:
                 self.session.skip(case.name, peer.name, why)
