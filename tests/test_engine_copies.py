@@ -110,6 +110,32 @@ def test_a_step_is_sent_by_one_copy(step, decode):
     np.testing.assert_array_equal(staged.table_updates.here.numpy(), plan.table_updates)
 
 
+def test_newcomers_with_long_cached_prefixes_are_sent_by_one_copy():
+    """As many as begin in one step, each of which changes nearly its whole row of the table."""
+    config = {"num_blocks": 900, "block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 400}
+    scheduler = Scheduler(SchedulerConfig(**config))
+    prompt = list(range(380))
+    for number in range(9):
+        scheduler.add_request(str(number), prompt, max_tokens=2)
+        if number == 0:  # it computes what the others find
+            while scheduler.has_unfinished:
+                plan = scheduler.schedule()
+                scheduler.update(plan.step, np.ones(len(plan.logits_indices), np.int64))
+    with Counter() as counter:
+        staging = DeviceStaging(DEVICE, max_num_tokens=64, max_num_seqs=8, max_blocks=100)
+        most = 0
+        while scheduler.has_unfinished:
+            plan = scheduler.schedule()
+            most = max(most, len(plan.table_updates))
+            counter.sent.clear()
+            staged = staging.stage(plan, np.ones((5, len(plan.logits_indices))))
+            assert counter.sent == ["aten.copy_.default"]
+            if len(plan.table_updates):
+                np.testing.assert_array_equal(staged.table_updates.here.numpy(), plan.table_updates)
+            scheduler.update(plan.step, np.ones(len(plan.logits_indices), np.int64))
+    assert most > 4 * 90
+
+
 FAMILIES = ("llama", "qwen3", "gemma3", "gpt_oss", "deepseek_v3", "mixtral", "opt", "phi3", "gpt2", "dynamic")
 #: Where transformers' own code asks the device for a number in every step: such a model cannot be recorded
 #: (docs/engine.md). Experts go through `grouped_mm`, which waits by itself but in bfloat16 on sm_90 and sm_100.

@@ -44,7 +44,8 @@ class Runner(Protocol):
 
     def check(self) -> None:
         """Raises CorruptionError if a step since the last call had an index out of range. Call it once the step's
-        tokens are there: on a device nobody could look at the indices before.
+        tokens are there: on a device nobody could look at the indices before. A step without samples is not waited for,
+        so what it met is told with a later one; and a device has one record for all engines on it.
         """
 
 

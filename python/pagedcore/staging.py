@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 _ALIGNMENT = 16  # bytes: every array begins on one
 
 #: (source, destination) pairs, and blocks to zero, that travel with the other arrays. A step of a scheduler by itself
-#: has at most one pair a sequence; what is more, from sequences of other owners, is sent by a copy of its own.
+#: has at most one pair a sequence; what is more, from sequences of other owners, is sent by a copy of its own, for
+#: which the host waits.
 _PAIRS_PER_SEQUENCE = 2
 
 _NUMPY_DTYPES: dict[torch.dtype, type] = {torch.int32: np.int32, torch.int64: np.int64, torch.float64: np.float64}
@@ -143,9 +144,10 @@ class DeviceStaging:
         steps_in_flight: int = 1,
     ) -> None:
         self._table = torch.zeros(max_num_seqs, max_blocks, dtype=torch.int32, device=device)
-        # Beside the pass's arrays: table updates of some newcomers with a whole row each and of one block a sequence,
-        # and the copies and blocks to zero of an ordinary step.
+        # Beside the pass's arrays: table updates of some newcomers with a whole row each and of one block a sequence
+        # (the scheduler plans no more), and the copies and blocks to zero of an ordinary step: no more than are new.
         extras = 3 * (4 * max_blocks + max_num_tokens + 2 * max_num_seqs) + 3 * _PAIRS_PER_SEQUENCE * max_num_seqs
+        extras += max_num_tokens
         numbers = 8 * NUM_NUMBERS * max_num_seqs
         pass_end = _places(max_num_tokens, max_num_seqs, max_num_seqs)[-1].end
         size = pass_end + numbers + 4 * extras + 5 * _ALIGNMENT
