@@ -25,8 +25,8 @@ ENVIRONMENT = {
     "CARGO_TARGET_DIR": os.environ.get("CARGO_TARGET_DIR", str(ROOT / "target")),
     "PIP_DISABLE_PIP_VERSION_CHECK": "1",
     "PIP_NO_INDEX": "1",
-    # The GPU kernels are compiled once in a test run, by `make cuda-gates`, and the others optimised once, by the set-up:
-    # here a build type without flags of its own.
+    # The GPU kernels are compiled once in a test run, by `make cuda-gates`, and the others optimised once, by the
+    # set-up: here a build type without flags of its own.
     "PAGEDCORE_CUDA": "OFF",
     "CMAKE_ARGS": "-DCMAKE_BUILD_TYPE=Quick",
 }
