@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from codes import GRANULARITIES, Quantized
 from pairwise import Case, Rule, completed, covering_arrays
 from reference import GARBAGE, Answer, Batch, make_batch
 
@@ -67,6 +68,7 @@ AXES: dict[str, Sequence[Any]] = {
     "query_len": (1, 2, 5, 16, 17, 128, 300),
     "block_size": (1, 3, 16, 32, 128),
     "order": ("HND", "NHD", "strided", "heads first", "block-major"),
+    "codes": (None, *GRANULARITIES),  # of e4m3, with scales of these
     "companions": ("none", "empty", "shared pages", "mixed"),
     "causal": (True, False),
     "window": (None, 1, 16, 100, 10_000),
@@ -108,11 +110,12 @@ class Call:
     """One case, made: what is passed, and what the oracle is told."""
 
     batch: Batch
+    exact: Batch  # with what the codes of a cache stand for
     options: dict[str, Any]  # of the op and of the oracle
     hints: dict[str, Any] = field(default_factory=dict)  # of the op alone
 
     def answer(self, *, whole_references: bool = False) -> Answer:
-        return Answer.of(self.batch, whole_references=whole_references, **self.options)
+        return Answer.of(self.exact, whole_references=whole_references, **self.options)
 
 
 def case_id(case: Case) -> str:
@@ -156,7 +159,22 @@ def build(case: Case, *, seed: int = 0) -> Call:
         share_pages(batch, block_size)
     num_heads = case["heads"][0]
     options = {name: case[name](num_heads) if callable(case[name]) else case[name] for name in OPTIONS}
-    return Call(batch, options, {name: case[name] for name in HINTS})
+    hints = {name: case[name] for name in HINTS}
+    if case["codes"] is None:
+        return Call(batch, batch, options, hints)
+    quantized = Quantized(batch, case["codes"])
+    of_codes = quantized.of_codes
+    of_codes.k_cache = in_strides_of(batch.k_cache, of_codes.k_cache)
+    of_codes.v_cache = in_strides_of(batch.v_cache, of_codes.v_cache)
+    k_scale, v_scale = quantized.scales
+    return Call(of_codes, quantized.exact, options, {**hints, "k_scale": k_scale, "v_scale": v_scale})
+
+
+def in_strides_of(cache: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """The codes in the strides, in elements, that the cache has, and NaN between them."""
+    size = cache.untyped_storage().nbytes() // cache.element_size()
+    memory = torch.full((size,), 0x7F, dtype=torch.uint8)
+    return memory.as_strided(cache.shape, cache.stride(), cache.storage_offset()).copy_(codes)
 
 
 def block_major(k_cache: torch.Tensor, v_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -309,27 +309,13 @@ MUTANTS = [
         "plan that says nothing of the grid", "paged_attention.cu", "p.window, plan.grid, ", "p.window, ", OTHER_PLAN
     ),
     Mutant(
-        "plan that says nothing of its units",
-        "paged_attention.cu",
-        "plan.unit_keys, plan.grain",
-        "plan.grain",
-        OTHER_PLAN,
-    ),
-    Mutant(
         "a table's last block not seen",
         "spans.h",
         "p.max_blocks * p.block_size;",
         "(p.max_blocks - 1) * p.block_size;",
-        CUT,
+        NO_END,
     ),
     Mutant("no end at the table's", "spans.h", "if (s.work.end <= table_end) return;", "return;", NO_END),
-    Mutant(
-        "items past the plan's end",
-        "plan.cu",
-        "counted.all < plan.most_items ? counted.all : plan.most_items",
-        "counted.all",
-        SEQUENCES,
-    ),
     Mutant("starts that fall not flagged", "sequences.h", "end < start || ", "", SEQUENCES),
     Mutant("starts past the tokens not flagged", "sequences.h", "end > p.num_tokens || ", "", SEQUENCES),
     Mutant("first start not looked at", "sequences.h", "first == 0 && p.query_start_loc[0] != 0", "false", SEQUENCES),

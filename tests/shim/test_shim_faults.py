@@ -42,6 +42,7 @@ def test_nothing_is_flagged_where_nothing_is_wrong(
 WRONG_STARTS = [[1, 2, 4], [0, 2, -5], [-3, 2, 4], [0, 3, 1], [0, 2, 5], [0, 600_000_000, 600_000_004]]
 WRONG: list[dict[str, Any]] = [{"query_start_loc": starts} for starts in WRONG_STARTS]
 WRONG += [{"seq_lens": lengths} for lengths in ([-1, 40], [40, -(2**31)])]
+WRONG += [{"query_start_loc": [0, 2, 5], "max_query_len": 100}, {"query_start_loc": [0, 10**9, 2 * 10**9]}]
 WRONG += [{"max_query_len": 1}, {"max_seq_len": 39}]
 
 

@@ -26,6 +26,9 @@ AXES = {
 }
 
 
+CODES_DIMS = (64, 128)  # of tiles over codes
+
+
 def _generic_work(heads: tuple[int, int], head_dim: int, query_len: int, length: str) -> int:
     """Multiply-adds of the generic kernel, which reads K and V once a row: 20 million are about a second."""
     return heads[0] * query_len * head_dim * sweep.LENGTHS[length](query_len, 128)
@@ -44,14 +47,21 @@ RULES = [
     # What the tiled kernels take.
     Rule(("kernel", "dtype"), lambda kernel, dtype: kernel == "generic" or dtype != torch.float32),
     Rule(("kernel", "head_dim"), lambda kernel, dim: kernel == "generic" or dim in sweep.TILED_HEAD_DIMS),
+    Rule(
+        ("kernel", "codes", "head_dim"),
+        lambda kernel, codes, dim: kernel == "generic" or not codes or dim in CODES_DIMS,
+    ),
     Rule(("kernel", "v_head_dim"), lambda kernel, dim: kernel == "generic" or dim is None),
     Rule(("kernel", "order"), lambda kernel, order: kernel == "generic" or order != "strided"),
     Rule(("far", "order"), lambda far, order: not far or order == "HND"),  # it makes strides of its own
     Rule(("far", "length", "block_size"), lambda far, length, size: not far or (length != "4097" and size >= 16)),
 ]
-# One array as far as a case may go, for the pairs that only large ones have; then many small ones.
+# One array as far as a case may go, for the pairs that only large ones have; then many small ones, most of them without
+# codes: else these would be three of four that the generic kernel runs.
+SMALL = [*RULES, _at_most(10_000, 2.5e6)]
 CASES = sweep.cases(AXES, [*RULES, _at_most(sweep.MOST_WORK, 2e7)])
-CASES += sweep.cases(AXES, [*RULES, _at_most(12_000, 3e6)], count=1000 - len(CASES))
+CASES += sweep.cases(AXES, SMALL, count=200)
+CASES += sweep.cases({**AXES, "codes": (None,)}, SMALL, count=1000 - len(CASES))
 
 # For the builds that check every access, which are three times slower.
 CHECKED = sweep.cases(
