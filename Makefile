@@ -92,7 +92,7 @@ test-shim: $(READY) ## The GPU kernels under the host shim (part of `make test`;
 	@.venv/bin/python -m pytest -m "not slow" tests/shim $(ARGS)
 
 .PHONY: shim-mutants
-shim-mutants: $(READY) ## Plant faults in the GPU kernels one at a time: the shim's tests must catch each (10 minutes)
+shim-mutants: $(READY) ## Plant faults in the GPU kernels one at a time: the shim's tests must catch each (10 minutes on two idle cores)
 	@.venv/bin/python tests/shim/mutants.py
 
 .PHONY: cuda-gates
