@@ -27,8 +27,9 @@ def attend(batch: Batch, kernel: str, **options: Any) -> tuple[torch.Tensor, tor
         assert ops.explain_attention(*args[:3], **sizes).startswith(kernel)
     options = {name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
     out, lse = ops.paged_attention(*args, return_lse=True, max_query_len=longest, **options)
-    assert ops.device_errors(DEVICE) == []
-    return out.cpu(), lse.cpu()
+    result = out.cpu(), lse.cpu()
+    assert ops.device_errors(DEVICE) == []  # of what has ended
+    return result
 
 
 @pytest.mark.parametrize("kernel", list(KERNELS))
