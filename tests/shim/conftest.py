@@ -14,7 +14,7 @@ from typing import Any
 import gpus
 import pytest
 import shim_build
-from cuda_gpu import CudaGpu
+from cuda_gpu import OF_THE_SHIM, CudaGpu
 
 ONLY = os.environ.get("PAGEDCORE_TEST_SHIM")
 LIBRARY = os.environ.get("PAGEDCORE_TEST_SHIM_LIBRARY")
@@ -53,8 +53,6 @@ def address_shim(address_library: Path) -> Any:
 
 
 FIXTURES = {"plain": "plain_shim", "races": "race_shim", "address": "address_shim"}
-# Files whose tests are about the shim and not about kernels.
-OF_THE_SHIM = ("test_shim", "test_shim_address")
 
 
 @pytest.fixture(params=[ONLY.replace("cuda", "plain")] if ONLY else ["plain", "races"])

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
     from reference import Batch
 
+# Files whose tests are about the shim and not about kernels.
+OF_THE_SHIM = ("test_shim", "test_shim_address")
+
 
 class CudaGpu:
     """The current CUDA device. Its order is its own: a seed and a number of multiprocessors mean nothing to it.

@@ -310,6 +310,7 @@ def test_all_codes_are_decoded(plain_shim: Any, capability: int) -> None:
         plain_shim.set_compute_capability(80)
 
 
+@pytest.mark.shim_only
 @BATCHES
 @HALVES
 def test_the_instruction_gives_the_same_bits(plain_shim: Any, make: Any, dtype: torch.dtype) -> None:

@@ -15,6 +15,7 @@ from reference import make_batch
 if TYPE_CHECKING:
     from reference import Batch
 
+pytestmark = pytest.mark.shim_only  # the kernels by themselves; test_shim_binding.py has flags of every op on a GPU too
 KERNELS = pytest.mark.parametrize("kernel", ["generic", "tiled"])
 
 

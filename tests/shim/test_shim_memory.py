@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.shim_only
+
 HEADS = [(8, 8), (32, 8), (17, 1), (64, 1)]
 
 
