@@ -16,7 +16,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from reference import Batch
 
@@ -88,7 +88,7 @@ class CudaGpu:
         (key, k_cache), (value, v_cache) = sides
         slots = self._dense(fields["slot_mapping"], (tokens,), torch.int64)
         ops.reshape_and_cache(key, value, k_cache, v_cache, slots, **scales)
-        ops.device_errors()  # of slots past the cache
+        settled_errors()  # of slots past the cache
 
     def move_blocks(self, op: str, region: tuple[Any, ...], ids: int, count: int, staging: int = 0) -> None:
         """`region`: address, blocks, and in bytes stride, (sizes and strides of two axes), contiguous size."""
@@ -107,7 +107,7 @@ class CudaGpu:
                 in_memory.copy_(rows)
         else:
             getattr(ops, f"{op}_blocks")(kv, index)
-        ops.device_errors()  # of ids out of range
+        settled_errors()  # of ids out of range
 
     def update_block_table(
         self, address: int, stride: int, rows: int, columns: int, updates: int, num_updates: int
@@ -116,7 +116,7 @@ class CudaGpu:
 
         table = self._tensor(address, (rows, columns), (stride, 1), torch.int32)
         ops.update_block_table(table, self._dense(updates, (num_updates, 3), torch.int32))
-        ops.device_errors()  # of changes outside of it
+        settled_errors()  # of changes outside of it
 
     def merge_states(self, fields: dict[str, Any]) -> None:
         from pagedcore import ops
@@ -181,9 +181,17 @@ def _attend(
         out = query.new_full((num_tokens, num_heads, v_cache.shape[3]), float("nan"))
         lse = torch.full((num_tokens, num_heads), float("nan"), device="cuda")
         ops.paged_attention(*args, out=out, lse=lse, plan=plan, max_query_len=longest, **options)
-    torch.cuda.synchronize()
-    ops.device_errors()  # what tests of bad indices left there
+    settled_errors()  # what tests of bad indices left there
     return out.cpu(), lse.cpu()
+
+
+def settled_errors(device: Any = "cuda", *, device_errors: Callable[..., list[str]] | None = None) -> list[str]:
+    """`ops.device_errors`, or what stands in its place, of all that was launched: by itself it does not wait."""
+    from pagedcore import ops
+
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+    return (device_errors or ops.device_errors)(device)
 
 
 def _host_bytes(address: int, size: int) -> torch.Tensor:

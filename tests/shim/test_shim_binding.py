@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import gpus
 import pytest
 import torch
-from cuda_gpu import CudaGpu
+from cuda_gpu import CudaGpu, settled_errors
 from gpus import ShimGpu, TorchGpu
 from pagedcore import ops, tensors
 from pagedcore.errors import InvalidArgumentError, UnsupportedError
@@ -22,7 +23,8 @@ from reference import Batch, check, features, make_batch
 def make_gpu(shim: Any, way: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[ShimGpu]:
     """The shim, or the GPU that is in its place, which has the same methods."""
     if isinstance(shim, CudaGpu):
-        ops.device_errors(0)
+        settled_errors(0)
+        monkeypatch.setattr(ops, "device_errors", partial(settled_errors, device_errors=ops.device_errors))
         yield TorchGpu()  # type: ignore[misc]
         return
     gpu = ShimGpu(shim, way)
