@@ -144,14 +144,20 @@ def mixed_batch(seed: int) -> Batch:
 
 
 def of_batch(batch: Batch) -> dict[str, torch.Tensor]:
-    """With room for what attention needs and gives."""
+    """With room for what attention needs, on a GPU of whatever size, and gives."""
     names = ("query", "k_cache", "v_cache", "table", "seq_lens", "starts")
+    num_tokens, num_heads, head_dim = batch.query.shape
+    sizes = (num_tokens, len(batch.seq_lens), num_heads, batch.k_cache.shape[1], head_dim)
+    plan, workspace = (
+        max(size(*sizes, split_size=split_size) for split_size in (None, 64))
+        for size in (ops.attention_plan_size, ops.attention_workspace_size)
+    )
     return {
         **dict(zip(names, batch.args, strict=True)),
         "out": torch.full(batch.query.shape, NAN, dtype=torch.bfloat16),
         "lse": torch.full(batch.query.shape[:2], NAN),
-        "plan": torch.full((1 << 16,), 0xFF, dtype=torch.uint8),
-        "workspace": torch.full((1 << 22,), 0xFF, dtype=torch.uint8),
+        "plan": torch.full((plan,), 0xFF, dtype=torch.uint8),
+        "workspace": torch.full((workspace,), 0xFF, dtype=torch.uint8),
     }
 
 
