@@ -120,6 +120,7 @@ class TorchGpu:
 
         self.kernels = _kernels
         self.num_devices = torch.cuda.device_count()
+        self._own = 0  # allocations that torch makes to begin a recording: its generator's state, for one
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: int = 0) -> torch.Tensor:
         count = torch.Size(shape).numel() * dtype.itemsize
@@ -138,7 +139,9 @@ class TorchGpu:
     def record(self, step: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
+        before = self.allocations()
         with torch.cuda.graph(graph):
+            self._own += self.allocations() - before
             step()
 
         def replay() -> None:
@@ -149,7 +152,7 @@ class TorchGpu:
 
     def allocations(self) -> int:
         count: int = torch.cuda.memory_stats().get("allocation.all.allocated", 0)
-        return count
+        return count - self._own
 
     def close(self) -> None:
         """Nothing is kept."""
