@@ -325,12 +325,20 @@ def test_a_plan_in_a_compiled_function(dtype: torch.dtype) -> None:
         ({}, "^num_tokens: expected the number of query tokens where max_query_len is not 1 but 3, got None"),
         ({"num_tokens": 8, "dtype": "int8"}, "^dtype: expected one of"),
         ({"num_tokens": 8, "out": torch.empty(9, dtype=torch.uint8)}, r"^out: expected \d+ bytes or more, got 9"),
+        ({"num_tokens": 8, "out": torch.empty(4096)}, "^out: expected dtype uint8, got float32"),
+        (
+            {"num_tokens": 8, "out": np.empty(4096, np.uint8)},
+            "^out: expected a torch tensor, as seq_lens is, got ndarray",
+        ),
+        ({"num_tokens": 8, "num_shared_blocks": -1}, "^num_shared_blocks: expected 0 or more, got -1"),
+        ({"num_tokens": 8, "num_shared_blocks": 1.0}, "^num_shared_blocks: expected an int, got 1.0"),
+        ({"num_tokens": 8, "block_size": 0}, "^block_size: expected 1 or more, got 0"),
     ],
 )
 def test_plans_of_what_cannot_be(options: dict[str, Any], message: str) -> None:
     batch = sharing(OWN, [1, 3, 1, 1, 1, 1])
     with pytest.raises(InvalidArgumentError, match=message):
-        ops.plan_cascade(*batch.args[4:], **STEP, max_query_len=3, **options)
+        ops.plan_cascade(*batch.args[4:], **{**STEP, **options}, max_query_len=3)
 
 
 def test_a_plan_that_is_too_small() -> None:

@@ -8,27 +8,30 @@ one result of both, and adds the sinks.
 from __future__ import annotations
 
 import functools
-import operator
 import sys
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from pagedcore.cascade_plan import parts_of, place, plan_places, write_plan
-from pagedcore.errors import InvalidArgumentError, UnsupportedError
+from pagedcore.errors import UnsupportedError
 from pagedcore.layout import ITEM_SIZES, dtype_name
 from pagedcore.tensors import (
-    array_module,
     carve,
     device_index,
     device_of,
+    dtype_of,
     hide,
+    name_of_dtype,
     new_bytes,
     new_lse,
     new_out,
+    refuse,
     require_axes,
+    require_bytes,
     sliceable,
+    whole,
 )
 
 
@@ -161,8 +164,8 @@ def attend_in_parts(
     from pagedcore import ops
 
     block_table, block_table_rows = sliceable(block_table), sliceable(block_table_rows)
-    num_shared_blocks = _whole("num_shared_blocks", num_shared_blocks)
-    max_seq_len = None if max_seq_len is None else _whole("max_seq_len", max_seq_len)
+    num_shared_blocks = whole("num_shared_blocks", num_shared_blocks)
+    max_seq_len = None if max_seq_len is None else whole("max_seq_len", max_seq_len)
     num_tokens, num_heads, head_dim = require_axes("query", query, "num_tokens", "num_heads", "head_dim")
     num_kv_heads, block_size = require_axes("k_cache", k_cache, "num_blocks", "num_kv_heads", "block_size", "dim")[1:3]
     v_head_dim = require_axes("v_cache", v_cache, "num_blocks", "num_kv_heads", "block_size", "v_head_dim")[3]
@@ -188,19 +191,19 @@ def attend_in_parts(
             **options,
         )
         return
-    device, dtype = device_of(query), dtype_name(_dtype_of(query))
+    device, dtype = device_of(query), dtype_name(dtype_of(query))
     sizes = (num_tokens, call.num_seqs, num_heads, num_kv_heads, head_dim, v_head_dim)
     places, in_plan = _places(*sizes, dtype, device), plan_places(*sizes, dtype, device)
     if workspace is None:
         workspace = new_bytes(query, places["end"])
     else:
         workspace = sliceable(workspace)
-        _require_bytes("workspace", workspace, places["end"], beside=query)
+        require_bytes("workspace", workspace, places["end"], "query", query)
 
     def part(name: str, dtype: Any, *shape: int) -> Any:
         return carve(workspace, places[name], shape, dtype)
 
-    states = [part(name, _dtype_of(query), num_tokens, num_heads, v_head_dim) for name in ("shared", "own")]
+    states = [part(name, dtype_of(query), num_tokens, num_heads, v_head_dim) for name in ("shared", "own")]
     lses = [part(name, "float32", num_tokens, num_heads) for name in ("shared lse", "own lse")]
     if plan is None:
         plan = part("plan", "uint8", in_plan["end"])
@@ -220,7 +223,7 @@ def attend_in_parts(
         )
     else:
         plan = sliceable(plan)
-        _require_bytes("plan", plan, in_plan["end"], beside=query)
+        require_bytes("plan", plan, in_plan["end"], "query", query)
     parts = parts_of(plan, in_plan, call.num_seqs)
     # The passes run one after the other, so they share what memory they need themselves.
     memory = carve(workspace, places["attention"], (places["end"] - places["attention"],), "uint8")
@@ -268,8 +271,8 @@ def attend_in_parts(
 def _refuse_options(window: int | None, max_seq_len: int | None, alibi_slopes: Any, split_size: int | None) -> None:
     name, got, expected, reason = "", "", "none", ""
     if window is not None:
-        window = _whole("window", window)
-        max_seq_len = None if max_seq_len is None else _whole("max_seq_len", max_seq_len)
+        window = whole("window", window)
+        max_seq_len = None if max_seq_len is None else whole("max_seq_len", max_seq_len)
     if window is not None and (max_seq_len is None or window < max_seq_len):
         limit = "max_seq_len" if max_seq_len is not None else "max_seq_len, which was not given"
         name, got, expected = "window", str(window), f"none, or one no shorter than {limit}"
@@ -286,12 +289,6 @@ def _refuse_options(window: int | None, max_seq_len: int | None, alibi_slopes: A
             got=got,
             expected=expected,
         )
-
-
-def _refuse(argument: str, expected: str, got: Any) -> NoReturn:
-    raise InvalidArgumentError(
-        f"{argument}: expected {expected}, got {got}", argument=argument, got=got, expected=expected
-    )
 
 
 @dataclass(frozen=True)
@@ -320,19 +317,19 @@ class _Call:
         if block_table_rows is not None:
             (num_rows,) = require_axes("block_table_rows", block_table_rows, "num_seqs")
         if num_rows != num_seqs:
-            _refuse(
+            refuse(
                 "block_table" if block_table_rows is None else "block_table_rows", f"num_seqs = {num_seqs}", num_rows
             )
         if num_starts != num_seqs + 1:
-            _refuse("query_start_loc", f"{num_seqs + 1} entries, one more than seq_lens has", num_starts)
+            refuse("query_start_loc", f"{num_seqs + 1} entries, one more than seq_lens has", num_starts)
         index = {"block_table": block_table, "seq_lens": seq_lens, "query_start_loc": query_start_loc}
         if block_table_rows is not None:
             index["block_table_rows"] = block_table_rows
         for name, tensor in index.items():
-            if (dtype := _name_of_dtype(tensor)) != "int32":
-                _refuse(name, "dtype int32", dtype)
+            if (dtype := name_of_dtype(tensor)) != "int32":
+                refuse(name, "dtype int32", dtype)
         if not 0 <= num_shared_blocks < max(max_blocks, 1):
-            _refuse("num_shared_blocks", f"0 or more, and fewer than the {max_blocks} columns", num_shared_blocks)
+            refuse("num_shared_blocks", f"0 or more, and fewer than the {max_blocks} columns", num_shared_blocks)
         if num_shared_blocks == 0 or num_seqs == 0:
             return cls(num_seqs, None)
         if any(device_of(tensor) >= 0 for tensor in index.values()):
@@ -348,18 +345,18 @@ class _Call:
             expected = (
                 f"{shared_tokens} tokens or more before the sequence's queries, {num_shared_blocks} shared blocks"
             )
-            _refuse(f"seq_lens[{seq}]", expected, int(behind[seq]))
+            refuse(f"seq_lens[{seq}]", expected, int(behind[seq]))
         limit = max_blocks * block_size if max_seq_len is None else min(max_seq_len, max_blocks * block_size)
         if (long := live[lens[live] > limit]).size:
-            _refuse(f"seq_lens[{int(long[0])}]", f"at most {limit}", int(lens[long[0]]))
+            refuse(f"seq_lens[{int(long[0])}]", f"at most {limit}", int(lens[long[0]]))
         of = rows[0][live] if rows else live
         if rows and (wrong := (of < 0) | (of >= table_rows)).any():
             seq = int(live[wrong.argmax()])
-            _refuse(f"block_table_rows[{seq}]", f"a row in [0, {table_rows})", int(rows[0][seq]))
+            refuse(f"block_table_rows[{seq}]", f"a row in [0, {table_rows})", int(rows[0][seq]))
         other = table[of, :num_shared_blocks] != table[of[0], :num_shared_blocks]
         if other.any():
             at, index_of_block = (int(i[0]) for i in other.nonzero())
-            _refuse(
+            refuse(
                 "block_table",
                 f"the same first {num_shared_blocks} blocks for all sequences",
                 f"another at index {index_of_block} of sequence {int(live[at])}",
@@ -393,49 +390,3 @@ def _places(
         num_tokens, num_seqs, *heads, v_head_dim=v_head_dim, dtype=dtype, device=device
     )
     return place(sizes)
-
-
-def _require_bytes(name: str, memory: Any, size: int, *, beside: Any) -> None:
-    (got,) = require_axes(name, memory, "bytes")
-    if (dtype := _name_of_dtype(memory)) != "uint8":
-        _refuse(name, "dtype uint8", dtype)
-    if got < size:
-        _refuse(name, f"{size} bytes or more", got)
-    of_torch = hasattr(beside, "data_ptr")
-    if hasattr(memory, "data_ptr") != of_torch:
-        _refuse(name, f"{'a torch tensor' if of_torch else 'an array'}, as query is", type(memory).__name__)
-    if (device := device_of(memory)) != (wanted := device_of(beside)):
-        _refuse(name, f"the device of query, {_name_of_device(wanted)}", _name_of_device(device))
-    if (stride := memory.stride(0) if of_torch else memory.strides[0]) != 1:
-        _refuse(name, "bytes one after another", f"stride {stride}")
-    if _address_of(memory) % 16:
-        _refuse(name, "memory that begins on 16 bytes", f"address {_address_of(memory):#x}")
-
-
-def _whole(name: str, value: Any) -> int:
-    """An int of Python's or NumPy's as Python's."""
-    if isinstance(value, bool):
-        _refuse(name, "an int", repr(value))
-    try:
-        return operator.index(value)
-    except TypeError:
-        _refuse(name, "an int", repr(value))
-
-
-def _dtype_of(tensor: Any) -> Any:
-    return getattr(tensor, "dtype", None) or array_module(tensor).asarray(tensor).dtype
-
-
-def _name_of_dtype(tensor: Any) -> str:
-    return str(_dtype_of(tensor)).removeprefix("torch.")
-
-
-def _name_of_device(index: int) -> str:
-    return "cpu" if index < 0 else f"cuda:{index}"
-
-
-def _address_of(memory: Any) -> int:
-    if hasattr(memory, "data_ptr"):  # torch
-        return int(memory.data_ptr())
-    interface = getattr(memory, "__cuda_array_interface__", None) or memory.__array_interface__
-    return int(interface["data"][0])

@@ -6,9 +6,19 @@ import functools
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pagedcore.errors import InvalidArgumentError
 from pagedcore.layout import dtype_name
-from pagedcore.tensors import carve, device_index, device_of, fill, new_bytes, query_tokens, require_axes, subtract
+from pagedcore.tensors import (
+    carve,
+    device_index,
+    device_of,
+    fill,
+    new_bytes,
+    query_tokens,
+    require_axes,
+    require_bytes,
+    subtract,
+    whole,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,8 +46,9 @@ def plan_cascade(
     work plans of a GPU, and the lengths of what is shared and of what is each sequence's own. Made on the device, as
     `plan_attention` makes its, whose arguments these are.
 
-    Returns `out`: uint8 ``[cascade_plan_size(...)]``, allocated if absent.
+    Returns `out`: uint8 ``[cascade_plan_size(...)]`` that begins on 16 bytes, allocated if absent.
     """
+    shared_tokens = whole("num_shared_blocks", num_shared_blocks, 0) * whole("block_size", block_size, 1)
     (num_seqs,) = require_axes("seq_lens", seq_lens, "num_seqs")
     num_tokens = query_tokens(num_tokens, num_seqs, max_query_len)
     v_head_dim = head_dim if v_head_dim is None else v_head_dim
@@ -53,7 +64,7 @@ def plan_cascade(
         seq_lens,
         query_start_loc,
         out,
-        shared_tokens=num_shared_blocks * block_size,
+        shared_tokens=shared_tokens,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
@@ -132,11 +143,7 @@ def write_plan(
     (num_seqs,) = require_axes("seq_lens", seq_lens, "num_seqs")
     sizes = (num_tokens, num_seqs, num_heads, num_kv_heads, head_dim, v_head_dim)
     places = plan_places(*sizes, dtype, device_of(seq_lens))
-    (got,) = require_axes("out", out, "bytes")
-    if got < places["end"]:
-        raise InvalidArgumentError(
-            f"out: expected {places['end']} bytes or more, got {got}", argument="out", got=got, expected=places["end"]
-        )
+    require_bytes("out", out, places["end"], "seq_lens", seq_lens)
     parts = parts_of(out, places, num_seqs)
     fill(parts.shared_len, shared_tokens)
     fill(parts.starts[:1], 0)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import math
+import operator
 import sys
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 from pagedcore.errors import InvalidArgumentError
 from pagedcore.layout import KVCache
@@ -69,6 +70,67 @@ def require_axes(name: str, tensor: Any, *axes: str) -> tuple[int, ...]:
             expected=len(axes),
         )
     return tuple(shape)
+
+
+def refuse(argument: str, expected: str, got: Any) -> NoReturn:
+    """Raises what an argument that will not do is told by."""
+    raise InvalidArgumentError(
+        f"{argument}: expected {expected}, got {got}", argument=argument, got=got, expected=expected
+    )
+
+
+def whole(name: str, value: Any, least: int | None = None) -> int:
+    """An int of Python's or NumPy's as Python's, no smaller than `least`."""
+    if isinstance(value, bool):
+        refuse(name, "an int", repr(value))
+    try:
+        number = operator.index(value)
+    except TypeError:
+        refuse(name, "an int", repr(value))
+    if least is not None and number < least:
+        refuse(name, f"{least} or more", number)
+    return number
+
+
+def require_bytes(name: str, memory: Any, size: int, like_name: str, like: Any) -> None:
+    """Refuses memory that is not so many bytes, one after another from a multiple of 16 on, of the library and on the
+    device of `like`.
+    """
+    (got,) = require_axes(name, memory, "bytes")
+    if (dtype := name_of_dtype(memory)) != "uint8":
+        refuse(name, "dtype uint8", dtype)
+    if got < size:
+        refuse(name, f"{size} bytes or more", got)
+    of_torch = hasattr(like, "data_ptr")
+    if hasattr(memory, "data_ptr") != of_torch:
+        refuse(name, f"{'a torch tensor' if of_torch else 'an array'}, as {like_name} is", type(memory).__name__)
+    if (device := device_of(memory)) != (wanted := device_of(like)):
+        refuse(name, f"the device of {like_name}, {_name_of_device(wanted)}", _name_of_device(device))
+    if (stride := memory.stride(0) if of_torch else memory.strides[0]) != 1:
+        refuse(name, "bytes one after another", f"stride {stride}")
+    if _address_of(memory) % 16:
+        refuse(name, "memory that begins on 16 bytes", f"address {_address_of(memory):#x}")
+
+
+def dtype_of(tensor: Any) -> Any:
+    """The dtype, as the library has it."""
+    return getattr(tensor, "dtype", None) or array_module(tensor).asarray(tensor).dtype
+
+
+def name_of_dtype(tensor: Any) -> str:
+    """Such as "int32"."""
+    return str(dtype_of(tensor)).removeprefix("torch.")
+
+
+def _name_of_device(index: int) -> str:
+    return "cpu" if index < 0 else f"cuda:{index}"
+
+
+def _address_of(memory: Any) -> int:
+    if hasattr(memory, "data_ptr"):  # torch
+        return int(memory.data_ptr())
+    interface = getattr(memory, "__cuda_array_interface__", None) or memory.__array_interface__
+    return int(interface["data"][0])
 
 
 def query_tokens(num_tokens: int | None, num_seqs: int, max_query_len: int) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from gpus import TorchGpu
-from pagedcore import cascade, cascade_plan, ops
+from pagedcore import cascade, cascade_plan, ops, tensors
 from reference import SHARED, Batch, check, features, sharing
 from test_shim_binding import arguments, make_gpu
 
@@ -27,7 +27,7 @@ def gpu(plain_shim: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[ShimGpu]:
         if isinstance(device, TorchGpu):
             yield device
             continue
-        monkeypatch.setattr(cascade, "_address_of", lambda memory: memory.pointer)
+        monkeypatch.setattr(tensors, "_address_of", lambda memory: memory.pointer)
         for module, names in ((cascade, ("hide",)), (cascade_plan, ("fill", "subtract"))):
             monkeypatch.setattr(module, "carve", partial(carve, device))
             for name in names:
