@@ -124,6 +124,23 @@ def test_after_a_recording_that_cuda_refuses_to_end_the_next_one_works(torch: To
     assert (torch.underway, torch.pool_users) == ([], 1)
 
 
+def test_the_warning_gives_the_reason_of_the_recording(caplog: pytest.LogCaptureFixture) -> None:
+    """And not what was being handled where an engine was made."""
+
+    class Refusing:
+        def record(self, work: Any) -> Any:
+            raise RuntimeError("no stream can record that\nand more")
+
+    staging: Any = SimpleNamespace(decode_tensors=lambda batch: None)
+    with caplog.at_level("WARNING", logger="pagedcore"):
+        try:
+            int("another engine")
+        except ValueError:
+            recorded = graphs.DecodeGraphs(staging, lambda tensors: None, Refusing(), 2)  # type: ignore[arg-type, return-value]
+    assert caplog.messages == ["decode steps run without CUDA graphs: no stream can record that"]
+    assert recorded.sizes == []
+
+
 def test_an_error_of_the_work_itself_leaves_an_ended_recording_to_torch(torch: Torch) -> None:
     runs: list[int] = []
 

@@ -9,6 +9,7 @@ back from the device (rotary embeddings that depend on lengths, experts chosen o
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from bisect import bisect_left
 from collections.abc import Callable
@@ -104,12 +105,13 @@ class DecodeGraphs:
         #: Sequences of each recording, ascending; empty for a model that cannot be recorded.
         self.sizes: list[int] = []
         self._recordings: list[Recording] = []
+        handled = sys.exception()
         for batch in reversed(batch_sizes(max_num_seqs)):  # the largest first: the others fit its memory
             tensors = staging.decode_tensors(batch)
             try:
                 replay, logits = recorder.record(partial(forward, tensors))
             except RuntimeError as error:  # torch's type for whatever CUDA refuses
-                logger.warning("decode steps run without CUDA graphs: %s", _reason(error))
+                logger.warning("decode steps run without CUDA graphs: %s", _reason(error, handled))
                 self._recordings.clear()
                 return
             self._recordings.insert(0, Recording(batch, replay, logits))
@@ -125,10 +127,10 @@ class DecodeGraphs:
         return self._recordings[at] if at < len(self._recordings) else None
 
 
-def _reason(error: BaseException) -> str:
-    """A line: what went wrong first. What ends the recording then fails for that."""
-    while error.__context__ is not None:
-        error = error.__context__
+def _reason(error: BaseException, handled: BaseException | None = None) -> str:
+    """A line: what went wrong first, after what was being handled already. What ends the recording fails for that."""
+    while (earlier := error.__context__) is not None and earlier is not handled and not error.__suppress_context__:
+        error = earlier
     return str(error).partition("\n")[0]
 
 
