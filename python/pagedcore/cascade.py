@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pagedcore.cascade_plan import parts_of, place, plan_places, write_plan
+from pagedcore.cascade_plan import parts_of, place, plan_places, require_lengths, write_plan
 from pagedcore.errors import UnsupportedError
 from pagedcore.layout import ITEM_SIZES, dtype_name
 from pagedcore.tensors import (
@@ -74,7 +74,8 @@ def cascade_attention(
     `paged_attention` has.
 
     plan: of `plan_cascade`, which all layers of a step share that agree in what it is made from. What is absent is
-    planned for this call.
+    planned for this call. One of other lengths, or of another number of shared blocks, is refused on the CPU; a GPU
+    follows it.
 
     workspace: uint8 ``[cascade_workspace_size(...)]`` of one's own, of the query's library and device, that begins on
     16 bytes. All that lies between the passes is kept in it: with it, `out`, and `lse` if one is wanted, nothing is
@@ -225,6 +226,8 @@ def attend_in_parts(
         plan = sliceable(plan)
         require_bytes("plan", plan, in_plan["end"], "query", query)
     parts = parts_of(plan, in_plan, call.num_seqs)
+    if device < 0:
+        require_lengths(parts, seq_lens, num_shared_blocks * block_size)
     # The passes run one after the other, so they share what memory they need themselves.
     memory = carve(workspace, places["attention"], (places["end"] - places["attention"],), "uint8")
     first = slice(call.donor, call.donor + 1)

@@ -6,6 +6,8 @@ import functools
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from pagedcore.layout import dtype_name
 from pagedcore.tensors import (
     carve,
@@ -14,6 +16,7 @@ from pagedcore.tensors import (
     fill,
     new_bytes,
     query_tokens,
+    refuse,
     require_axes,
     require_bytes,
     subtract,
@@ -118,6 +121,16 @@ def parts_of(memory: Any, places: Mapping[str, int], num_seqs: int) -> PlanParts
         plan("shared plan", "own plan"),
         plan("own plan", "end"),
     )
+
+
+def require_lengths(parts: PlanParts, seq_lens: Any, shared_tokens: int) -> None:
+    """Refuses a plan in the host's memory that was made for other lengths: the passes would read other keys."""
+    if (planned := int(parts.shared_len[0])) != shared_tokens:
+        refuse("plan", f"one that was made for {shared_tokens} shared tokens", f"one for {planned}")
+    own, wanted = np.asarray(parts.own_lens), np.maximum(np.asarray(seq_lens) - shared_tokens, 0)
+    if (other := np.flatnonzero(own != wanted)).size:
+        seq = int(other[0])
+        refuse("plan", f"one that was made for these seq_lens, {wanted[seq]} own tokens of sequence {seq}", own[seq])
 
 
 def write_plan(
