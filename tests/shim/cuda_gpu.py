@@ -152,6 +152,9 @@ class CudaGpu:
         with _far_memory():
             used = _last_used(batch) + 1
             far = (_apart(cache[:used], block_stride) for cache in (k_cache, v_cache))
+            for name in ("k_scale", "v_scale"):
+                if (scale := options.get(name)) is not None and scale.ndim == 3:  # of each block too
+                    options[name] = scale[:used]
             return _attend(batch, [query, *far, *index], **options)
 
 
