@@ -102,7 +102,6 @@ def test_block_sizes(plain_shim: Any, make: Any, block_size: int) -> None:
     check_codes(plain_shim, Quantized(make(block_size=block_size), "token"))
 
 
-@pytest.mark.shim_only  # the binding refuses gaps in the last axis of scales
 @BATCHES
 def test_strides(plain_shim: Any, make: Any) -> None:
     """Rows of codes 16 bytes apart from one another, and scales inside of what could be a block's record."""
