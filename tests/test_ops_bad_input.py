@@ -119,6 +119,8 @@ def test_a_dtype_that_none_takes_is_named_beside_those_that_do(dtype: torch.dtyp
 def test_dtypes_that_do_not_go_together_say_which_to_cast() -> None:
     with pytest.raises(InvalidArgumentError, match=r"^k_cache: .*\(hint: cast query, or allocate the caches in its dt"):
         call_attention(query=attention_args()["query"].half(), out=None)
+    with pytest.raises(InvalidArgumentError, match=r"^k_cache: .*\(hint: keep both K and V as codes, or neither\)$"):
+        call_attention(k_cache=attention_args()["k_cache"].to(torch.uint8))
     with pytest.raises(InvalidArgumentError, match=r"^seq_lens: .*\(hint: cast it, as by seq_lens\.to\(torch\.int32\)"):
         call_attention(seq_lens=attention_args()["seq_lens"].long())
     with pytest.raises(

@@ -474,6 +474,13 @@ def test_bad_indices_are_masked_and_flagged(gpu: ShimGpu) -> None:
     ops.paged_attention(*args)
     assert ops.device_errors(0)[-1].startswith("a sequence longer than its row of the block table")
 
+    batch.seq_lens[0] = 1
+    gpu.write(args[4], batch.seq_lens)
+    batch.query_start_loc[-1] += 1
+    gpu.write(args[5], batch.query_start_loc)
+    ops.paged_attention(*args)
+    assert ops.device_errors(0)[-1].startswith("query starts")
+
 
 def test_every_op_flags(gpu: ShimGpu) -> None:
     device = gpu.num_devices - 1
@@ -512,5 +519,6 @@ def test_names_of_devices(gpu: ShimGpu) -> None:
     for device, index in (("cpu", -1), ("cuda", 0), ("cuda:3", 3), (2, 2), (torch.device("cuda", 1), 1)):
         assert tensors.device_index(device) == index
     assert tensors.device_index(SimpleNamespace(id=4)) == 4
-    with pytest.raises(RuntimeError, match=r"device 7|invalid device ordinal"):  # as the shim says it, and CUDA
-        ops.warmup("cuda:7")
+    beyond = gpu.num_devices + 5
+    with pytest.raises(RuntimeError, match=rf"device {beyond}|invalid device ordinal"):  # as the shim says it, and CUDA
+        ops.warmup(f"cuda:{beyond}")
