@@ -83,6 +83,9 @@ HINTS = ("split_size",)  # of the op alone: the result does not depend on them
 # For `Answer.check`, where weights are rounded to 16 bits, instead of 2: among so many rows there are some in which the
 # best algorithm happens to be exact. With weights of float32 there are none.
 ROW_FACTOR_16_BITS = 4
+# Over codes weights times scales are rounded, where what a result is compared with rounds weights: a row of
+# few keys beside a sink has an error of its own, however small the other's is.
+ROW_FACTOR_CODES = 8
 
 # Rows of 16 times tokens times KV heads, at a head size of 128: a second's work is about 255,000 under the shim.
 MOST_WORK = 100_000

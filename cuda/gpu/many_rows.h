@@ -78,7 +78,7 @@ struct ManyRows {
     auto* scales = reinterpret_cast<float*>(shared + kScalesAt);
 
     const int warp_row = lane.warp * 16;
-    const int rows_here = rows_of_query(p, p.query_start_loc[s.seq + 1] - p.query_start_loc[s.seq]) - s.tile * kRows;
+    const int rows_here = rows_of_query(p, query_len_of(p, s.seq)) - s.tile * kRows;
     const bool works = warp_row < rows_here;
     auto* limits = reinterpret_cast<Limits*>(shared + kLimitsAt) + lane.warp;
     if (lane.id == 0) {

@@ -172,4 +172,6 @@ int plain_add(int* p, int value) {
   return earlier;
 }
 
+void plain_set(uint32_t* p) { *p = 1; }
+
 }  // namespace pagedcore::shim

@@ -45,5 +45,6 @@ void store_16(void* p, const V& value) {
 
 // Atomics order themselves: the race check is told of them, and must not see a plain access.
 int plain_add(int* p, int value);
+void plain_set(uint32_t* p);  // to 1
 
 }  // namespace pagedcore::shim

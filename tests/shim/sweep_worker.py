@@ -41,4 +41,6 @@ def run_case(library: str, case: sweep.Case, seed: int) -> None:
         )
     except RuntimeError as error:  # the shim's own classes do not travel between processes
         raise AssertionError(str(error)) from None
-    call.answer(whole_references=case["kernel"] == "tiled").check(out, lse, row_factor=sweep.ROW_FACTOR_16_BITS)
+    tiled = case["kernel"] == "tiled"
+    row_factor = sweep.ROW_FACTOR_CODES if tiled and case["codes"] else sweep.ROW_FACTOR_16_BITS
+    call.answer(whole_references=tiled).check(out, lse, row_factor=row_factor)

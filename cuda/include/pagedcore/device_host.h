@@ -140,7 +140,7 @@ PAGEDCORE_DEVICE void fence() { shim::fence(); }
 // Sets a word of host memory to 1. Many may at one time; none waits for it.
 PAGEDCORE_DEVICE void raise_flag(uint32_t* word) {
   shim::atomic_access(word);
-  *static_cast<volatile uint32_t*>(word) = 1;
+  shim::plain_set(word);
 }
 
 // A kernel on the current device: readied for its shared memory when first asked for, and how many of its blocks run at
