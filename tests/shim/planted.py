@@ -32,6 +32,7 @@ STALE = "test_shim_plan.py::test_a_plan_for_other_lengths_is_flagged"
 STALE_TILES = "test_shim_plan.py::test_a_plan_for_other_queries_is_flagged"
 STARTS = "test_shim_attention.py::test_query_starts_out_of_range_write_nothing_outside"
 SEQUENCES = "test_shim_faults.py::test_sequences_that_cannot_be"
+FALLING = "test_shim_faults.py::test_starts_that_fall"
 NO_FAULTS = "test_shim_faults.py::test_nothing_is_flagged_where_nothing_is_wrong"
 OTHER_PLAN = "test_shim_faults.py::test_a_plan_of_another_call"
 NO_END = "test_shim_faults.py::test_a_length_without_end"
@@ -316,7 +317,7 @@ MUTANTS = [
         NO_END,
     ),
     Mutant("no end at the table's", "spans.h", "if (s.work.end <= table_end) return;", "return;", NO_END),
-    Mutant("starts that fall not flagged", "sequences.h", "end < start || ", "", SEQUENCES),
+    Mutant("starts that fall not flagged", "sequences.h", "end < start || ", "", FALLING),
     Mutant("starts past the tokens not flagged", "sequences.h", "end > p.num_tokens || ", "", SEQUENCES),
     Mutant("first start not looked at", "sequences.h", "first == 0 && p.query_start_loc[0] != 0", "false", SEQUENCES),
     Mutant("padding flagged", "sequences.h", "seq_len < 0", "seq_len < end - start", NO_FAULTS),
