@@ -240,7 +240,8 @@ def _apart(cache: torch.Tensor, distance: int) -> torch.Tensor:
     stride = max(-(-distance // max(len(cache) - 1, 1)), dense[0].numel())
     stride = -(-stride // 64) * 64
     size = (len(cache) - 1) * stride + dense[0].numel()
-    if 2.2 * size * cache.element_size() > torch.cuda.mem_get_info()[0]:
-        pytest.skip(f"two caches of {size * cache.element_size() >> 30} GiB do not fit")
+    needed, free = int(2.2 * size * cache.element_size()), torch.cuda.mem_get_info()[0]
+    if needed > free:
+        pytest.skip(f"offsets past 2^31 elements need {needed >> 20} MiB of GPU memory, {free >> 20} are free")
     apart = torch.empty(size, dtype=cache.dtype, device="cuda")
     return apart.as_strided(cache.shape, (stride, *dense.stride()[1:])).copy_(dense)
