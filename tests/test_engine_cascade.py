@@ -7,14 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from greedy import Reference, run_all
 from hypothesis import given
 from hypothesis import strategies as st
 from models import VOCAB_SIZE, save_tiny_model
 from pagedcore import KVCacheLayout, SamplingParams, ops, shared_prefix
 from pagedcore import models as pagedcore_models
-from pagedcore.attention import AttentionStep, LayerCache, paged_attention_forward
 from pagedcore.engine import Engine
 from pagedcore.shared_prefix import shared_blocks
 
@@ -24,13 +22,7 @@ LAYOUT = KVCacheLayout(100, 4, 3, 2, 16, "float32")  # 1,024 bytes of a layer in
 LAYER_BLOCK = 1024
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models as small as these only lose by a second one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -144,38 +136,3 @@ def test_it_is_the_longest_common_beginning(table, shortest, least):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared_prefix, "LEAST_SAVED_BYTES", least)
         assert shared_blocks(plan_of(table, [shortest] + [24] * (len(table) - 1)), LAYOUT) == (common if pays else 0)
-
-
-def test_layers_that_agree_share_a_plan(monkeypatch):
-    """On a device, which here is the CPU with a workspace: one plan for the layers that read the prefix once, and one
-    for those with a window that hides a part of it.
-    """
-    made = []
-    for name in ("plan_attention", "plan_cascade"):
-        make = getattr(ops, name)
-        monkeypatch.setattr(ops, name, lambda *a, name=name, make=make, **o: made.append(name) or make(*a, **o))
-    cache = torch.randn(2, 9, 2, 16, 32)
-    step = AttentionStep(
-        layers=[LayerCache(*cache)] * 4,
-        sinks=[None] * 4,
-        slot_mapping=torch.tensor([40, 56]),
-        block_table=torch.tensor([[1, 2], [1, 3]], dtype=torch.int32),
-        seq_lens=torch.tensor([25, 25], dtype=torch.int32),
-        query_start_loc=torch.arange(3, dtype=torch.int32),
-        max_query_len=1,
-        max_seq_len=25,
-        workspace=torch.empty(0, dtype=torch.uint8),
-        num_shared_blocks=1,
-    )
-    states = torch.randn(1, 4, 2, 32), torch.randn(1, 2, 2, 32), torch.randn(1, 2, 2, 32)
-    outs = []
-    for layer, window in enumerate([None, 8, None, 8]):
-        module = SimpleNamespace(layer_idx=layer)
-        out, _ = paged_attention_forward(module, *states, sliding_window=window, pagedcore_step=step)
-        outs.append(out)
-    assert sorted(made) == ["plan_attention", "plan_cascade"]
-    assert torch.equal(outs[0], outs[2])
-    whole = ops.paged_attention(
-        states[0][0].transpose(0, 1), *cache, step.block_table, step.seq_lens, step.query_start_loc
-    )
-    torch.testing.assert_close(outs[0][0], whole)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from greedy import Reference
 from models import VOCAB_SIZE, save_tiny_model
-from pagedcore import Engine, SamplingParams, Scheduler, SchedulerConfig, graphs, models, runner, sampling, staging
+from pagedcore import Engine, SamplingParams, Scheduler, SchedulerConfig, graphs, models, ops, runner, sampling, staging
+from pagedcore.attention import AttentionStep, LayerCache, paged_attention_forward
 from pagedcore.devices import choose_device
 from pagedcore.errors import InvalidArgumentError, UnsupportedError
 
@@ -316,3 +318,39 @@ def test_without_a_gpu(directory):
     for nonsense in ("gpu", "", 7.5, None):
         with pytest.raises(InvalidArgumentError, match="device is"):
             choose_device(nonsense)
+
+
+def test_layers_that_agree_share_a_plan(monkeypatch):
+    """On a device, which here is the CPU with a workspace: one plan for each window and number of heads."""
+    made = []
+    plan_attention = ops.plan_attention
+
+    def noting(*args, **options):
+        made.append((options["window"], options["num_heads"]))
+        return plan_attention(*args, **options)
+
+    monkeypatch.setattr(ops, "plan_attention", noting)
+    layers = [(None, 4), (8, 4), (None, 4), (8, 4), (None, 2)]
+    cache = torch.randn(2, 9, 2, 16, 32)
+    step = AttentionStep(
+        layers=[LayerCache(*cache)] * len(layers),
+        sinks=[None] * len(layers),
+        slot_mapping=torch.tensor([40, 56]),
+        block_table=torch.tensor([[1, 2], [1, 3]], dtype=torch.int32),
+        seq_lens=torch.tensor([25, 25], dtype=torch.int32),
+        query_start_loc=torch.arange(3, dtype=torch.int32),
+        max_query_len=1,
+        max_seq_len=25,
+        workspace=torch.empty(0, dtype=torch.uint8),
+    )
+    states = torch.randn(1, 4, 2, 32), torch.randn(1, 2, 2, 32), torch.randn(1, 2, 2, 32)
+    for layer, (window, num_heads) in enumerate(layers):
+        query = states[0][:, :num_heads]
+        out, _ = paged_attention_forward(
+            SimpleNamespace(layer_idx=layer), query, *states[1:], sliding_window=window, pagedcore_step=step
+        )
+        whole = ops.paged_attention(
+            query[0].transpose(0, 1), *cache, step.block_table, step.seq_lens, step.query_start_loc, window=window
+        )
+        torch.testing.assert_close(out[0], whole)
+    assert made == [(None, 4), (8, 4), (None, 2)]

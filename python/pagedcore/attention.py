@@ -60,17 +60,11 @@ class AttentionStep:
         if self.workspace is None:
             return None
         num_tokens, num_heads, head_dim = query.shape
-        _, num_kv_heads, block_size, v_head_dim = v_cache.shape
+        num_kv_heads, v_head_dim = v_cache.shape[1], v_cache.shape[3]
         key = (window, num_heads, num_kv_heads, head_dim, v_head_dim)
         plan = self._plans.get(key)
         if plan is None:
-            shared = self.shared_blocks(window)
-            make = (
-                partial(ops.plan_cascade, num_shared_blocks=shared, block_size=block_size)
-                if shared
-                else partial(ops.plan_attention, window=window)
-            )
-            plan = self._plans[key] = make(
+            plan = self._plans[key] = ops.plan_attention(
                 self.seq_lens,
                 self.query_start_loc,
                 num_heads=num_heads,
@@ -79,6 +73,7 @@ class AttentionStep:
                 v_head_dim=v_head_dim,
                 num_tokens=num_tokens,
                 max_query_len=self.max_query_len,
+                window=window,
                 dtype=query.dtype,
             )
         return plan
@@ -145,7 +140,8 @@ def paged_attention_forward(
         if shared:
             attend = partial(ops.cascade_attention, num_shared_blocks=shared)
         else:
-            attend = partial(ops.paged_attention, workspace=pagedcore_step.workspace)
+            plan = pagedcore_step.plan(queries, v_cache, sliding_window)
+            attend = partial(ops.paged_attention, plan=plan, workspace=pagedcore_step.workspace)
         out = attend(
             queries,
             k_cache,
@@ -162,7 +158,6 @@ def paged_attention_forward(
             max_query_len=pagedcore_step.max_query_len,
             max_seq_len=pagedcore_step.max_seq_len,
             block_table_rows=pagedcore_step.block_table_rows,
-            plan=pagedcore_step.plan(queries, v_cache, sliding_window),
         )
         return out.unsqueeze(0), None
     if not isinstance(pagedcore_step, AttentionProbe):
