@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from greedy import Reference, run_all
 from models import FAMILIES, OTHER_FAMILIES, VOCAB_SIZE, save_tiny_model
 from pagedcore import SamplingParams
@@ -16,13 +15,7 @@ MAX_TOKENS = 24
 EOS = 2
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models as small as these only lose by a second one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Tiny:

@@ -24,13 +24,7 @@ HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=s
 MARGIN = 1.5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models as small as these only lose by a second one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def answers_with_logits(

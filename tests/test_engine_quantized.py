@@ -36,13 +36,7 @@ SCALES = {  # by granularity, what the engine is given
 NEAR_TIE = 0.05
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models as small as these only lose by a second one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class RoundingReference(Reference):

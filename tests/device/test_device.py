@@ -16,20 +16,11 @@ from pagedcore import ops
 from reference import SHARED, check, make_batch, sharing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    pass
 
 DEVICE = os.environ.get("PAGEDCORE_TEST_DEVICE", "cpu")
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: PAGEDCORE_TEST_DEVICE=cuda")
 FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-
-
-@pytest.fixture(autouse=True)
-def full_precision() -> Iterator[None]:
-    """float32 means float32: no TF32 in what results are compared with."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 @FLOATS

@@ -18,7 +18,6 @@ from models import VOCAB_SIZE, save_tiny_model
 from pagedcore import Engine, SamplingParams, sampling
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 DEVICE = os.environ.get("PAGEDCORE_TEST_DEVICE", "cpu")
@@ -30,15 +29,6 @@ PARAMS = [
     SamplingParams(temperature=0.7, top_k=20, seed=2),
     SamplingParams(temperature=1.0, top_p=0.9, seed=3),
 ]
-
-
-@pytest.fixture(autouse=True)
-def full_precision() -> Iterator[None]:
-    """float32 means float32: no TF32 in what results are compared with."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture(scope="module")
