@@ -1,69 +1,21 @@
-"""Every argument of every op, wrong in every way: an exception that names it, and nothing written."""
+"""Every tensor of every op, wrong in every way: an exception that names it, and nothing written. Contents of
+the index tensors, and what is no tensor: test_ops_bad_values.py.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from ops_calls import attention_args, cache_args, call_attention, call_cache, int32
 from pagedcore import ops
-from pagedcore.errors import BlockError, InvalidArgumentError, UnsupportedError
+from pagedcore.errors import BlockError, InvalidArgumentError
 from pagedcore.layout import KVCacheLayout
-
-
-def attention_args() -> dict[str, Any]:
-    """Two sequences of 5 and 8 tokens in blocks of 4; 3 query tokens; 4 heads over 2 KV heads."""
-    return {
-        "query": torch.randn(3, 4, 16),
-        "k_cache": torch.randn(6, 2, 4, 16),
-        "v_cache": torch.randn(6, 2, 4, 16),
-        "block_table": torch.tensor([[3, 1], [2, 5]], dtype=torch.int32),
-        "seq_lens": torch.tensor([5, 8], dtype=torch.int32),
-        "query_start_loc": torch.tensor([0, 1, 3], dtype=torch.int32),
-        "out": torch.full((3, 4, 16), 7.0),
-        "lse": torch.full((3, 4), 7.0),
-    }
-
-
-def cache_args() -> dict[str, Any]:
-    return {
-        "key": torch.randn(3, 2, 16),
-        "value": torch.randn(3, 2, 16),
-        "k_cache": torch.full((6, 2, 4, 16), 7.0),
-        "v_cache": torch.full((6, 2, 4, 16), 7.0),
-        "slot_mapping": torch.tensor([1, 2, 3]),
-    }
-
-
-@contextmanager
-def untouched(*outputs: Any) -> Iterator[None]:
-    """Nothing is written to these, as far as they are tensors that can be read."""
-    readable = [
-        t for t in outputs if isinstance(t, torch.Tensor) and (t.device.type, t.layout) == ("cpu", torch.strided)
-    ]
-    before = [t.clone() for t in readable]
-    try:
-        yield
-    finally:
-        for a, b in zip(readable, before, strict=True):
-            assert torch.equal(a, b)
-
-
-def call_attention(**changes: Any) -> None:
-    args = {**attention_args(), **changes}
-    with untouched(args["out"], args["lse"]):
-        ops.paged_attention(**args)
-
-
-def call_cache(**changes: Any) -> None:
-    args = {**cache_args(), **changes}
-    with untouched(args["k_cache"], args["v_cache"]):
-        ops.reshape_and_cache(**args)
 
 
 def test_the_arguments_are_good() -> None:
@@ -270,125 +222,6 @@ def test_outputs_over_inputs() -> None:
         ops.reshape_and_cache(**{**writes, "key": writes["k_cache"][:3, :, 0]})
 
 
-# Contents of the index tensors
-
-
-def int32(*values: int) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("seq_lens", int32(-1, 8), r"seq_lens\[0\]: expected 0 or more, got -1"),
-        (
-            "seq_lens",
-            int32(5, 9),
-            r"seq_lens\[1\]: expected at most 8 tokens, which the 2 columns of.*got 9",
-        ),
-        ("seq_lens", int32(5, 2**31 - 1), r"seq_lens\[1\]: expected at most 8 tokens"),
-        ("query_start_loc", int32(1, 1, 3), r"query_start_loc\[0\]: expected 0, got 1"),
-        ("query_start_loc", int32(0, 2, 1), r"query_start_loc\[2\]: expected at least its predecessor, 2, got 1"),
-        ("query_start_loc", int32(0, -5, 3), r"query_start_loc\[1\]: expected at least its predecessor, 0, got -5"),
-        ("query_start_loc", int32(0, 1, 4), r"query_start_loc\[2\]: expected at most num_tokens, 3, got 4"),
-        ("query_start_loc", int32(0, 1, 2**31 - 1), r"query_start_loc\[2\]: expected at most num_tokens, 3"),
-        ("block_table_rows", int32(0, 2), r"block_table_rows\[1\]: expected a row in \[0, 2\), got 2"),
-        ("block_table_rows", int32(-1, 0), r"block_table_rows\[0\]: expected a row in \[0, 2\), got -1"),
-        ("block_table_rows", int32(0), r"block_table_rows: expected num_seqs = 2"),
-    ],
-)
-def test_bad_indices(name: str, value: torch.Tensor, message: str) -> None:
-    with pytest.raises(InvalidArgumentError, match=r"^" + message):
-        call_attention(**{name: value})
-
-
-@pytest.mark.parametrize("bad", [-1, 6, 2**31 - 1, -(2**31)])
-def test_bad_block_ids(bad: int) -> None:
-    table = torch.tensor([[3, 1], [2, bad]], dtype=torch.int32)
-    with pytest.raises(BlockError, match=rf"ids in \[0, 6\), got block {bad} at index 1 of sequence 1") as caught:
-        call_attention(block_table=table)
-    assert (caught.value.block, caught.value.num_blocks) == (bad, 6)
-    # The same entry, where no key that is seen lies in it.
-    ops.paged_attention(**{**attention_args(), "block_table": table, "seq_lens": int32(5, 4)})
-    shifted = torch.tensor([[bad, 1], [bad, 5]], dtype=torch.int32)
-    ops.paged_attention(**{**attention_args(), "block_table": shifted, "window": 1, "query_start_loc": int32(0, 1, 2)})
-
-
-# Options
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("scale", float("nan"), "scale: expected a finite float32"),
-        ("scale", float("inf"), "scale: expected a finite float32"),
-        ("scale", 1e300, "scale: expected a finite float32"),
-        ("softcap", -1.0, "softcap: expected a finite float32, 0"),
-        ("softcap", float("nan"), "softcap: expected a finite float32, 0"),
-        ("softcap", float("inf"), "softcap: expected a finite float32, 0"),
-        ("softcap", 1e-300, "softcap: expected a finite float32, 0"),
-        ("window", 0, "window: expected 1 or more, got 0"),
-        ("window", -(2**63), "window: expected 1 or more"),
-        ("num_threads", 0, "num_threads: expected 1 or more, got 0"),
-        ("num_threads", -3, "num_threads: expected 1 or more, got -3"),
-        ("split_size", -1, "split_size: expected None, 0 or a number of tokens, got -1"),
-        ("max_query_len", -1, "max_query_len: expected 0 or more"),
-        ("max_query_len", 1, "max_query_len: expected at least the query length of sequence 1, 2, got 1"),
-        ("max_seq_len", -1, "max_seq_len: expected 0 or more"),
-        ("max_seq_len", 7, "max_seq_len: expected at least the length of sequence 1, 8, got 7"),
-    ],
-)
-def test_bad_options(name: str, value: object, message: str) -> None:
-    with pytest.raises(InvalidArgumentError, match=r"^" + message):
-        call_attention(**{name: value})
-
-
-@pytest.mark.parametrize(
-    "name", ["scale", "softcap", "window", "num_threads", "split_size", "max_query_len", "max_seq_len"]
-)
-@pytest.mark.parametrize("value", ["x", [1], 2**200])
-def test_options_of_another_type(name: str, value: object) -> None:
-    with pytest.raises((InvalidArgumentError, TypeError), match=f"^{name}: expected"):
-        call_attention(**{name: value})
-
-
-@pytest.mark.parametrize("name", ["window", "split_size", "max_query_len", "max_seq_len", "num_threads"])
-def test_huge_options_are_fine(name: str) -> None:
-    want = ops.paged_attention(**attention_args() | {"query": torch.ones(3, 4, 16)})[0].shape
-    assert ops.paged_attention(**{**attention_args(), name: 2**62})[0].shape == want
-
-
-def test_window_without_causal() -> None:
-    with pytest.raises(UnsupportedError, match=r"^window: expected causal=True with a window, got causal=False"):
-        call_attention(window=3, causal=False)
-
-
-@pytest.mark.parametrize("scale", ["k_scale", "v_scale"])
-def test_scales_of_a_cache_without_codes(scale: str) -> None:
-    for call in (call_attention, call_cache):
-        with pytest.raises(UnsupportedError, match=f"^{scale}: expected None for a cache that is not quantised"):
-            call(**{scale: torch.ones(1)})
-
-
-@pytest.mark.parametrize("name", ["plan", "workspace"])
-def test_the_cpu_takes_gpu_memory_and_needs_none(name: str) -> None:
-    args = attention_args()
-    want = ops.paged_attention(**args)[0].clone()
-    assert torch.equal(ops.paged_attention(**args, **{name: torch.empty(0, dtype=torch.uint8)})[0], want)
-    with pytest.raises(TypeError, match=f"^{name}: expected a tensor"):
-        call_attention(**{name: 3})
-
-
-@pytest.mark.parametrize("name", ["alibi_slopes", "sinks"])
-def test_values_of_each_head(name: str) -> None:
-    with pytest.raises(InvalidArgumentError, match=f"^{name}: expected dtype float32, got float16"):
-        call_attention(**{name: torch.zeros(4, dtype=torch.float16)})
-    with pytest.raises(InvalidArgumentError, match=rf"^{name}: expected num_heads = 4 on axis 0"):
-        call_attention(**{name: torch.zeros(2)})
-    with pytest.raises(InvalidArgumentError, match=f"^{name}: expected shape"):
-        call_attention(**{name: torch.zeros(1, 4)})
-
-
 # Shapes that do not work together
 
 
@@ -490,13 +323,6 @@ def test_indices_are_not_written_over(output: str, name: str) -> None:
         ops.paged_attention(**{**args, name: memory})
 
 
-def test_starts_are_checked_before_what_is_said_of_them() -> None:
-    with pytest.raises(
-        InvalidArgumentError, match=r"^query_start_loc\[2\]: expected at least its predecessor, 5, got 3"
-    ):
-        call_attention(query_start_loc=int32(0, 5, 3), max_query_len=1)
-
-
 def test_buffers_without_a_dtype() -> None:
     """A memoryview has a shape and no dtype: an output for it is a NumPy array."""
     args = {name: t.numpy() for name, t in attention_args().items() if name not in ("out", "lse")}
@@ -512,44 +338,3 @@ def test_buffers_without_a_dtype() -> None:
     np.testing.assert_array_equal(ops.paged_attention(**views), want)
     with pytest.raises(InvalidArgumentError, match=r"^seq_lens: expected shape \[num_seqs\], got \[\]"):
         ops.paged_attention(**{**views, "seq_lens": ctypes.c_int32(5)})
-
-
-@pytest.mark.parametrize("bad", ["yes", None, [], np.zeros(3, bool), 2, -1, 0.5, float("nan"), np.int64(3)])
-def test_causal_is_a_bool(bad: object) -> None:
-    with pytest.raises((TypeError, ValueError), match=r"^causal: expected a bool|truth value of an array"):
-        call_attention(causal=bad)
-
-
-@pytest.mark.parametrize("make", [np.bool_, torch.tensor, int])
-def test_causal_is_what_equals_a_bool(make: Callable[[bool], object]) -> None:
-    args = attention_args()
-    for causal in (False, True):
-        want = ops.paged_attention(**{**args, "causal": causal, "out": None, "lse": None})
-        got = ops.paged_attention(**{**args, "causal": make(causal), "out": None, "lse": None})
-        assert torch.equal(got, want)
-
-
-def test_calls_that_do_not_fit_the_signature() -> None:
-    from pagedcore import _kernels
-
-    args = list(attention_args().values())
-    for call, message in [
-        (lambda: _kernels.paged_attention(*args, 1.0), "takes 8 positional arguments but 9 were given"),
-        (lambda: _kernels.paged_attention(*args[:6]), "missing required argument: 'out'"),
-        (lambda: _kernels.paged_attention(*args, scala=1.0), "unexpected keyword argument 'scala'"),
-        (lambda: _kernels.paged_attention(*args, out=args[6]), "multiple values for argument 'out'"),
-        (lambda: _kernels.paged_attention(), "missing required argument: 'query'"),
-        (lambda: _kernels.try_paged_attention(*args), "takes 23 positional arguments but 8 were given"),
-        (lambda: _kernels.try_reshape_and_cache(*args, None), "takes 8 positional arguments but 9 were given"),
-    ]:
-        with pytest.raises(TypeError, match=message):
-            call()
-
-
-def test_an_error_inside_a_number_comes_through() -> None:
-    class Number:
-        def __index__(self) -> int:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        call_attention(window=Number())

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gpus
 import pytest
 import shim_build
 from cuda_gpu import OF_THE_SHIM, CudaGpu
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from gpus import ShimGpu
 
 ONLY = os.environ.get("PAGEDCORE_TEST_SHIM")
 LIBRARY = os.environ.get("PAGEDCORE_TEST_SHIM_LIBRARY")
@@ -59,6 +64,22 @@ FIXTURES = {"plain": "plain_shim", "races": "race_shim", "address": "address_shi
 def shim(request: pytest.FixtureRequest) -> Any:
     """The shim's module, in each of its builds."""
     return request.getfixturevalue(FIXTURES[request.param])
+
+
+@pytest.fixture
+def gpu(plain_shim: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[ShimGpu]:
+    """What `pagedcore.ops` takes for a GPU."""
+    from gpu_calls import make_gpu  # a run of the shim alone needs no package
+
+    yield from make_gpu(plain_shim, gpus.WAYS[0], monkeypatch)
+
+
+@pytest.fixture(params=gpus.WAYS)
+def any_gpu(plain_shim: Any, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[ShimGpu]:
+    """The same with tensors of each way in which they come."""
+    from gpu_calls import make_gpu
+
+    yield from make_gpu(plain_shim, request.param, monkeypatch)
 
 
 def runs(item: pytest.Item) -> bool:

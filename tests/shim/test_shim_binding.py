@@ -1,72 +1,20 @@
-"""pagedcore.ops on a GPU, which here is the host shim: how tensors come in, which device and stream a call takes, what
-is refused, and that results are those of the CPU.
+"""pagedcore.ops on a GPU, which here is the host shim: results are those of the CPU, which device and stream a call
+takes, what is refused, and what is flagged. What tensors may be: test_shim_tensors.py.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from functools import partial
-from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import gpus
 import pytest
 import torch
-from cuda_gpu import CudaGpu, settled_errors
-from gpus import ShimGpu, TorchGpu
-from pagedcore import ops, tensors
-from pagedcore.errors import InvalidArgumentError, UnsupportedError
+from gpu_calls import OPS, arguments, calls, small_batch, step
+from pagedcore import ops
+from pagedcore.errors import InvalidArgumentError
 from reference import Batch, check, features, make_batch
 
-
-def make_gpu(shim: Any, way: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[ShimGpu]:
-    """The shim, or the GPU that is in its place, which has the same methods."""
-    if isinstance(shim, CudaGpu):
-        settled_errors(0)
-        monkeypatch.setattr(ops, "device_errors", partial(settled_errors, device_errors=ops.device_errors))
-        yield TorchGpu()  # type: ignore[misc]
-        return
-    gpu = ShimGpu(shim, way)
-    monkeypatch.setattr(ops, "_kernels", gpu.kernels)
-    monkeypatch.setattr(tensors, "array_module", lambda like: SimpleNamespace(empty=empty_like_cupy(gpu)))
-    # Where no API tells the current stream, these are asked.
-    torch_cuda, cupy_cuda = ModuleType("torch.cuda"), ModuleType("cupy.cuda")
-    torch_cuda.current_stream = lambda device: SimpleNamespace(cuda_stream=0x7000 + device)  # type: ignore[attr-defined]
-    cupy_cuda.get_current_stream = lambda: SimpleNamespace(ptr=0x8000)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "torch.cuda", torch_cuda)
-    monkeypatch.setitem(sys.modules, "cupy.cuda", cupy_cuda)
-    ops.device_errors(0)
-    ops.device_errors(1)
-    shim.set_stream(0)
-    shim.set_seed(0)
-    yield gpu
-    gpu.close()
-
-
-def empty_like_cupy(gpu: ShimGpu) -> Any:
-    return lambda shape, dtype: gpu.empty(shape, getattr(torch, dtype), gpus.CupyDevice.current)
-
-
-@pytest.fixture
-def gpu(plain_shim: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[ShimGpu]:
-    yield from make_gpu(plain_shim, "exchange api", monkeypatch)
-
-
-@pytest.fixture(params=gpus.WAYS)
-def any_gpu(plain_shim: Any, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[ShimGpu]:
-    yield from make_gpu(plain_shim, request.param, monkeypatch)
-
-
-def arguments(gpu: ShimGpu, batch: Batch, device: int = 0) -> list[Any]:
-    """The positional arguments of attention, on the GPU."""
-    sources = (batch.query, batch.k_cache, batch.v_cache, batch.block_table, batch.seq_lens, batch.query_start_loc)
-    return [gpu.upload(source, device) for source in sources]
-
-
-def small_batch(dtype: torch.dtype = torch.bfloat16, **options: Any) -> Batch:
-    return make_batch([5, 40, 0, 17], [1, 3, 1, 1], dtype=dtype, **options)
-
+if TYPE_CHECKING:
+    from gpus import ShimGpu
 
 # ------------------------------------------------------------------------------------------------------ attention
 
@@ -112,19 +60,6 @@ def test_merge_states(any_gpu: ShimGpu, monkeypatch: pytest.MonkeyPatch, dtype: 
     monkeypatch.undo()
     for a, b in zip(got, ops.merge_states(*states, sinks), strict=True):
         torch.testing.assert_close(any_gpu.download(a), b)
-
-
-def step(batch: Batch) -> dict[str, Any]:
-    """What a plan is made from."""
-    num_tokens, num_heads, head_dim = batch.query.shape
-    return {
-        "num_heads": num_heads,
-        "num_kv_heads": batch.k_cache.shape[1],
-        "head_dim": head_dim,
-        "max_query_len": 3,
-        "num_tokens": num_tokens,
-        "dtype": batch.query.dtype,
-    }
 
 
 def workspace_size(batch: Batch, device: Any = 0) -> int:
@@ -210,77 +145,6 @@ def test_launches_are_captured_and_replayed(gpu: ShimGpu) -> None:
 # ----------------------------------------------------------------------------------------------- device and stream
 
 
-def calls(gpu: ShimGpu, device: int) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """Every op with tensors for all of its arguments, by name."""
-    batch = small_batch()
-    names = ("query", "k_cache", "v_cache", "block_table", "seq_lens", "query_start_loc")
-    attention: dict[str, Any] = dict(zip(names, arguments(gpu, batch, device), strict=True))
-    rows = torch.arange(4, dtype=torch.int32)
-    attention |= {
-        "out": gpu.empty((6, 4, 64), torch.bfloat16, device),
-        "lse": gpu.empty((6, 4), torch.float32, device),
-        "block_table_rows": gpu.upload(rows, device),
-        "alibi_slopes": gpu.upload(torch.zeros(4), device),
-        "sinks": gpu.upload(torch.zeros(4), device),
-        "workspace": gpu.empty((1 << 20,), torch.uint8, device),
-        "plan": gpu.empty((1 << 12,), torch.uint8, device),
-    }
-    cache = torch.randn(5, 2, 4, 8)
-    write = {
-        "key": gpu.upload(torch.randn(3, 2, 8), device),
-        "value": gpu.upload(torch.randn(3, 2, 8), device),
-        "k_cache": gpu.upload(cache, device),
-        "v_cache": gpu.upload(cache, device),
-        "slot_mapping": gpu.upload(torch.tensor([4, -1, 9]), device),
-    }
-    kv = gpu.upload(cache, device)
-    ids = gpu.upload(torch.tensor([1, 3], dtype=torch.int32), device)
-    staged = gpu.empty((2, cache[0].nbytes), torch.uint8, device)
-    return {
-        "paged_attention": (ops.paged_attention, attention),
-        "plan_attention": (
-            ops.plan_attention,
-            {name: attention[name] for name in ("seq_lens", "query_start_loc")}
-            | {"out": gpu.empty((1 << 12,), torch.uint8, device)}
-            | step(batch),
-        ),
-        "reshape_and_cache": (ops.reshape_and_cache, write),
-        "merge_states": (
-            ops.merge_states,
-            {name: gpu.upload(torch.randn(3, 2, 8), device) for name in ("o_a", "o_b")}
-            | {name: gpu.upload(torch.randn(3, 2), device) for name in ("lse_a", "lse_b")}
-            | {"sinks": gpu.upload(torch.zeros(2), device)},
-        ),
-        "copy_blocks": (
-            ops.copy_blocks,
-            {"kv": kv, "pairs": gpu.upload(torch.tensor([[1, 2]], dtype=torch.int32), device)},
-        ),
-        "zero_blocks": (ops.zero_blocks, {"kv": kv, "blocks": ids}),
-        "gather_blocks": (ops.gather_blocks, {"kv": kv, "blocks": ids, "out": staged}),
-        "scatter_blocks": (ops.scatter_blocks, {"kv": kv, "blocks": ids, "src": staged}),
-        "update_block_table": (
-            ops.update_block_table,
-            {
-                "table": gpu.upload(torch.zeros(4, 3, dtype=torch.int32), device),
-                "updates": gpu.upload(torch.tensor([[1, 2, 7]], dtype=torch.int32), device),
-            },
-        ),
-    }
-
-
-OPS = (
-    "paged_attention",
-    "plan_attention",
-    "reshape_and_cache",
-    "merge_states",
-    "copy_blocks",
-    "zero_blocks",
-    "gather_blocks",
-    "scatter_blocks",
-    "update_block_table",
-)
-
-
 @pytest.mark.shim_only
 @pytest.mark.parametrize("op", OPS)
 def test_its_own_device_and_stream(any_gpu: ShimGpu, op: str) -> None:
@@ -327,89 +191,6 @@ def test_one_device_for_all(gpu: ShimGpu, op: str) -> None:
                 assert message.endswith(f"got one on {where}")
             else:
                 assert where in message
-
-
-@pytest.mark.shim_only
-def test_stream_of_an_array_interface(plain_shim: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may name one; CuPy is asked where it does not."""
-    for stream, taken in ((None, 0x8000), (0x6000, 0x6000)):
-        for gpu in make_gpu(plain_shim, "array interface", monkeypatch):
-            table = gpu.upload(torch.zeros(2, 2, dtype=torch.int32), stream=stream)
-            ops.update_block_table(table, gpu.upload(torch.tensor([[0, 1, 5]], dtype=torch.int32)))
-            assert gpu.shim.last_stream() == taken
-
-
-# ----------------------------------------------------------------------------------------------------- what comes in
-
-
-@pytest.mark.shim_only
-def test_kinds_of_memory(gpu: ShimGpu) -> None:
-    """Managed memory is its device's; pinned host memory is the CPU's; another vendor's is refused."""
-    blocks = gpu.upload(torch.tensor([1], dtype=torch.int32), device_type=gpus.MANAGED)
-    kv = gpu.upload(torch.ones(3, 8), device_type=gpus.MANAGED)
-    ops.zero_blocks(kv, blocks)
-    assert gpu.download(kv)[1].sum() == 0
-    with pytest.raises(InvalidArgumentError, match=r"^blocks: expected a tensor on cuda:0 .*, got one on the CPU"):
-        ops.zero_blocks(kv, gpu.upload(torch.tensor([1], dtype=torch.int32), device_type=gpus.CUDA_HOST))
-    with pytest.raises(InvalidArgumentError, match=r"^kv: expected .* a CUDA device, got one on DLPack device type 10"):
-        ops.zero_blocks(gpu.upload(torch.ones(3, 8), device_type=gpus.ROCM), blocks)
-
-
-@pytest.mark.shim_only
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"mask": object()}, "expected an array without a mask"),
-        ({"typestr": ">f4"}, "expected dtype .*, got typestr '>f4'"),
-        ({"typestr": "<f8"}, "expected dtype .*, got typestr '<f8'"),
-        ({"typestr": "<c8"}, "expected dtype .*, got typestr '<c8'"),
-        ({"strides": (30, 4)}, "expected strides that are multiples of the element size, got 30 bytes"),
-        ({"shape": (-1, 8)}, "expected sizes of 0 or more, got -1"),
-        ({"shape": (1,) * 7}, "expected at most 6 dimensions, got 7"),
-        ({"data": (0, False)}, "expected a tensor with memory behind it"),
-        ({"data": (4099, False)}, "expected memory aligned to its element size"),
-    ],
-)
-def test_array_interfaces_that_do_not_do(
-    plain_shim: Any, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
-) -> None:
-    for gpu in make_gpu(plain_shim, "array interface", monkeypatch):
-        with pytest.raises(InvalidArgumentError, match=f"^kv: {message}"):
-            ops.zero_blocks(gpu.upload(torch.ones(3, 8), **changes), gpu.upload(torch.ones(1, dtype=torch.int32)))
-
-
-@pytest.mark.shim_only
-def test_read_only_arrays(plain_shim: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for gpu in make_gpu(plain_shim, "array interface", monkeypatch):
-        kv = gpu.upload(torch.ones(3, 8))
-        kv.changes["data"] = (kv.pointer, True)
-        with pytest.raises(InvalidArgumentError, match=r"^kv: expected writable memory"):
-            ops.zero_blocks(kv, gpu.upload(torch.ones(1, dtype=torch.int32)))
-
-
-@pytest.mark.shim_only
-def test_other_devices_of_torch(plain_shim: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for gpu in make_gpu(plain_shim, "attributes", monkeypatch):
-        kv = gpu.upload(torch.ones(3, 8), device_type="xpu")
-        with pytest.raises(
-            InvalidArgumentError, match=r"^kv: expected a tensor on the CPU or a CUDA device, got .* xpu"
-        ):
-            ops.zero_blocks(kv, gpu.upload(torch.ones(1, dtype=torch.int32)))
-        doubles = gpu.upload(torch.ones(3, 8))
-        doubles.dtype = torch.float64
-        with pytest.raises(InvalidArgumentError, match=r"^kv: expected dtype .*, got dtype torch\.float64"):
-            ops.zero_blocks(doubles, gpu.upload(torch.ones(1, dtype=torch.int32)))
-
-
-def test_what_only_the_cpu_does(gpu: ShimGpu) -> None:
-    with pytest.raises(UnsupportedError, match=r"^tensor: expected a tensor on the CPU, got one on cuda:0"):
-        gpu.kernels.read_range(gpu.upload(torch.ones(64)))
-
-
-def test_blocks_of_too_many_runs(gpu: ShimGpu) -> None:
-    kv = gpu.upload(torch.zeros(4, 3, 2, 5, 2, 8)[:, :, :, 1:3, :, 1:5])
-    with pytest.raises(InvalidArgumentError, match=r"^kv: expected blocks whose memory is at most two axes"):
-        ops.zero_blocks(kv, gpu.upload(torch.ones(1, dtype=torch.int32)))
 
 
 # -------------------------------------------------------------------------------------------------- moving bytes
@@ -500,25 +281,3 @@ def test_every_op_flags(gpu: ShimGpu) -> None:
     assert flagged("update_block_table", "updates", torch.tensor([[4, 0, 1]], dtype=torch.int32)) == [
         "a change of a block table outside of it"
     ]
-
-
-@pytest.mark.shim_only
-def test_facts(gpu: ShimGpu) -> None:
-    facts = gpu.kernels.gpu_facts()
-    assert facts["images"] == "shim"
-    assert [device["name"] for device in facts["devices"]] == ["host shim", "host shim"]
-
-
-@pytest.mark.parametrize("device", ["cuda:x", "tpu", "cuda:-1", None, torch.device("meta")])
-def test_devices_that_are_none(gpu: ShimGpu, device: Any) -> None:
-    with pytest.raises(InvalidArgumentError, match=r"^device: expected 'cpu', 'cuda' or 'cuda:N'"):
-        ops.warmup(device)
-
-
-def test_names_of_devices(gpu: ShimGpu) -> None:
-    for device, index in (("cpu", -1), ("cuda", 0), ("cuda:3", 3), (2, 2), (torch.device("cuda", 1), 1)):
-        assert tensors.device_index(device) == index
-    assert tensors.device_index(SimpleNamespace(id=4)) == 4
-    beyond = gpu.num_devices + 5
-    with pytest.raises(RuntimeError, match=rf"device {beyond}|invalid device ordinal"):  # as the shim says it, and CUDA
-        ops.warmup(f"cuda:{beyond}")

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from gpu_calls import arguments, make_gpu
 from gpus import TorchGpu
 from pagedcore import cascade, cascade_plan, ops, tensors
 from reference import SHARED, Batch, check, features, sharing
-from test_shim_binding import arguments, make_gpu
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,17 +10,9 @@ from pagedcore import ops
 from pagedcore.errors import InvalidArgumentError
 from reference import make_batch
 from small_shapes import KERNELS, OTHER_HEAD_DIMS, OTHER_KERNELS, SIZES, SPLITS, small_batch
-from test_shim_binding import make_gpu
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from gpus import ShimGpu
-
-
-@pytest.fixture
-def gpu(plain_shim: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[ShimGpu]:
-    yield from make_gpu(plain_shim, "exchange api", monkeypatch)
 
 
 def explain(gpu: ShimGpu, queries: list[int], max_query_len: int | None = None, **options: Any) -> str:

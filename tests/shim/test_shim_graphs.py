@@ -4,7 +4,7 @@ results are those of the op by itself, to the bit, and nothing is allocated. On 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,6 @@ import torch
 from codes import Quantized
 from pagedcore import ops
 from reference import Batch, make_batch
-from test_shim_binding import make_gpu
 
 if TYPE_CHECKING:
     from gpus import ShimGpu
@@ -217,11 +216,6 @@ def _(memory: Any) -> None:
     ops.update_block_table(memory.table, memory.updates)
     ops.reshape_and_cache(memory.key, memory.value, memory.k_cache, memory.v_cache, memory.slots)
     attend(memory, max_query_len=20)
-
-
-@pytest.fixture
-def gpu(plain_shim: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[ShimGpu]:
-    yield from make_gpu(plain_shim, "exchange api", monkeypatch)
 
 
 @pytest.mark.parametrize("name", list(CALLS))

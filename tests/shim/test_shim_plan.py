@@ -6,20 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from gpu_calls import arguments, step
 from pagedcore import ops
 from reference import check, make_batch
-from test_shim_binding import arguments, make_gpu, step
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from gpus import ShimGpu
     from reference import Batch
-
-
-@pytest.fixture
-def gpu(plain_shim: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[ShimGpu]:
-    yield from make_gpu(plain_shim, "exchange api", monkeypatch)
 
 
 def make_plan(gpu: ShimGpu, batch: Batch, **options: Any) -> Any:
