@@ -68,6 +68,22 @@ def test_a_dtype_that_none_takes_is_named_beside_those_that_do(dtype: torch.dtyp
             ops.paged_attention(**{name: t.numpy() for name, t in args.items()})
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.int8])
+@pytest.mark.parametrize("name", ["k_cache", "v_cache"])
+def test_a_cache_of_a_dtype_that_none_takes_is_not_to_be_cast(name: str, dtype: torch.dtype) -> None:
+    """That would copy the whole of it for a call, and write to the copy."""
+    message = (
+        rf"^{name}: expected dtype float32, float16, bfloat16, float8_e4m3fn or uint8, got {str(dtype)[6:]} "
+        r"\(hint: allocate the caches in the dtype of what is written to them, or for codes\)$"
+    )
+    for call, args in ((ops.paged_attention, attention_args()), (ops.reshape_and_cache, cache_args())):
+        args[name] = args[name].to(dtype)
+        with pytest.raises(InvalidArgumentError, match=message):
+            call(**args)
+        with pytest.raises(InvalidArgumentError, match=message):
+            call(**{key: tensor.numpy() for key, tensor in args.items()})
+
+
 def test_dtypes_that_do_not_go_together_say_which_to_cast() -> None:
     with pytest.raises(InvalidArgumentError, match=r"^k_cache: .*\(hint: cast query, or allocate the caches in its dt"):
         call_attention(query=attention_args()["query"].half(), out=None)

@@ -169,8 +169,13 @@ void Tensor::refuse_dtype(const std::string& shown) const {
   ArgumentError error(Fault::invalid_argument, name, "dtype " + dtype_names(allowed_), shown);
   const bool torch = source == Source::exchange_api || source == Source::attributes;
   const std::string wanted = dtype_name(*allowed_.begin());
-  error.hint =
-      "cast it, as by " + std::string(name) + (torch ? ".to(torch." + wanted + ")" : ".astype('" + wanted + "')");
+  // Only caches may hold codes. To cast one would be to copy a pool for a call, and to write into the copy.
+  if (std::find(allowed_.begin(), allowed_.end(), DType::e4m3) != allowed_.end()) {
+    error.hint = "allocate the caches in the dtype of what is written to them, or for codes";
+  } else {
+    error.hint =
+        "cast it, as by " + std::string(name) + (torch ? ".to(torch." + wanted + ")" : ".astype('" + wanted + "')");
+  }
   throw error;
 }
 
