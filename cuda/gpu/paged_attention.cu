@@ -150,9 +150,9 @@ Layout lay_out(const AttentionParams& p, const TiledKernel& kernel, void* plan_m
     plan.most_pieces = static_cast<int32_t>(kWaitingPieces * plan.grid);
   }
 
-  plan.made_for =
-      digest({p.num_tokens, p.num_seqs, p.num_heads, p.num_kv_heads, p.causal, p.window, plan.grid, plan.few_tile,
-              plan.many_tile, plan.few_weight, plan.many_weight, plan.unit_keys, plan.grain, plan.fixed});
+  plan.made_for = digest({p.num_tokens, p.num_seqs, p.num_heads, p.num_kv_heads, p.causal, p.window, p.shared_tokens,
+                          plan.grid, plan.few_tile, plan.many_tile, plan.few_weight, plan.many_weight, plan.unit_keys,
+                          plan.grain, plan.fixed});
 
   char* at = static_cast<char*>(plan_memory);
   int64_t offset = 0;

@@ -92,12 +92,13 @@ constexpr Signature kPagedAttention{
     "plan",
     "workspace",
     "num_threads",
+    "shared_tokens",
 };
 
 void paged_attention(const Arguments<kPagedAttention.count>& arguments) {
   const auto& [query, k_cache, v_cache, block_table, seq_lens, query_start_loc, out, lse, scale, causal, window,
                softcap, alibi_slopes, sinks, k_scale, v_scale, max_query_len, max_seq_len, block_table_rows, split_size,
-               plan, workspace, num_threads] = arguments;
+               plan, workspace, num_threads, shared_tokens] = arguments;
   // Scalars first: their conversion may run Python code, and tensors are only borrowed.
   AttentionParams p{};
   const auto given_scale = optional_float("scale", scale);
@@ -108,6 +109,7 @@ void paged_attention(const Arguments<kPagedAttention.count>& arguments) {
   p.softcap = static_cast<float>(cap);
   p.max_query_len = at_least(0, "max_query_len", optional_int("max_query_len", max_query_len).value_or(INT64_MAX));
   p.max_seq_len = at_least(0, "max_seq_len", optional_int("max_seq_len", max_seq_len).value_or(INT64_MAX));
+  p.shared_tokens = at_least(0, "shared_tokens", optional_int("shared_tokens", shared_tokens).value_or(0));
   const int threads = threads_of(num_threads);
 
   const Tensor q("query", query, kFloats), k("k_cache", k_cache, kCaches), v("v_cache", v_cache, kCaches),
@@ -245,16 +247,30 @@ int64_t required_int(const char* name, PyObject* value) {
   return *number;
 }
 
-constexpr Signature kPlanAttention{
-    "plan_attention", 3,           10,           "seq_lens",   "query_start_loc", "out",   "num_heads",
-    "num_kv_heads",   "head_dim",  "v_head_dim", "num_tokens", "max_query_len",   "dtype", "window",
-    "causal",         "split_size"};
+constexpr Signature kPlanAttention{"plan_attention",
+                                   3,
+                                   10,
+                                   "seq_lens",
+                                   "query_start_loc",
+                                   "out",
+                                   "num_heads",
+                                   "num_kv_heads",
+                                   "head_dim",
+                                   "v_head_dim",
+                                   "num_tokens",
+                                   "max_query_len",
+                                   "dtype",
+                                   "window",
+                                   "causal",
+                                   "split_size",
+                                   "shared_tokens"};
 
 void plan_attention(const Arguments<kPlanAttention.count>& arguments) {
   const auto& [seq_lens, query_start_loc, out, num_heads, num_kv_heads, head_dim, v_head_dim, num_tokens, max_query_len,
-               dtype, window, causal, split_size] = arguments;
+               dtype, window, causal, split_size, shared_tokens] = arguments;
   AttentionParams p{};
   read_mask(p, causal, window, split_size);
+  p.shared_tokens = at_least(0, "shared_tokens", optional_int("shared_tokens", shared_tokens).value_or(0));
   if (!PyUnicode_Check(dtype)) throw ArgumentError(Fault::type, "dtype", "a str", Py_TYPE(dtype)->tp_name);
   PlanShape shape{required_int("num_heads", num_heads),         required_int("num_kv_heads", num_kv_heads),
                   required_int("head_dim", head_dim),           required_int("v_head_dim", v_head_dim),
@@ -336,14 +352,14 @@ PyMethodDef attention_methods[] = {
                      "(query, k_cache, v_cache, block_table, seq_lens, query_start_loc, out, lse=None, *, scale=None, "
                      "causal=True, window=None, softcap=0.0, alibi_slopes=None, sinks=None, k_scale=None, "
                      "v_scale=None, max_query_len=None, max_seq_len=None, block_table_rows=None, split_size=None, "
-                     "plan=None, workspace=None, num_threads=None)"),
+                     "plan=None, workspace=None, num_threads=None, shared_tokens=None)"),
     PAGEDCORE_TRY_METHOD(paged_attention, kPagedAttention,
                          "(query, k_cache, v_cache, block_table, seq_lens, query_start_loc, out, lse, scale, causal, "
                          "window, softcap, alibi_slopes, sinks, k_scale, v_scale, max_query_len, max_seq_len, "
-                         "block_table_rows, split_size, plan, workspace, num_threads, /)"),
+                         "block_table_rows, split_size, plan, workspace, num_threads, shared_tokens, /)"),
     PAGEDCORE_METHOD(plan_attention, kPlanAttention,
                      "(seq_lens, query_start_loc, out, *, num_heads, num_kv_heads, head_dim, v_head_dim, num_tokens, "
-                     "max_query_len, dtype, window=None, causal=True, split_size=None)"),
+                     "max_query_len, dtype, window=None, causal=True, split_size=None, shared_tokens=None)"),
     {nullptr, nullptr, 0, nullptr},
 };
 

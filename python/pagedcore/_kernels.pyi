@@ -28,6 +28,7 @@ def paged_attention(
     plan: Any | None = None,
     workspace: Any | None = None,
     num_threads: int | None = None,
+    shared_tokens: int | None = None,
 ) -> None: ...
 def try_paged_attention(
     query: Any,
@@ -53,6 +54,7 @@ def try_paged_attention(
     plan: Any | None,
     workspace: Any | None,
     num_threads: int | None,
+    shared_tokens: int | None,
     /,
 ) -> bool: ...
 def plan_attention(
@@ -70,6 +72,7 @@ def plan_attention(
     window: int | None = None,
     causal: bool = True,
     split_size: int | None = None,
+    shared_tokens: int | None = None,
 ) -> None: ...
 def attention_memory(
     device: int,

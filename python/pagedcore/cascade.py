@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from pagedcore import _kernels
 from pagedcore.cascade_plan import parts_of, place, plan_places, require_lengths, write_plan
 from pagedcore.errors import UnsupportedError
 from pagedcore.layout import ITEM_SIZES, dtype_name
@@ -74,8 +75,9 @@ def cascade_attention(
     `paged_attention` has.
 
     plan: of `plan_cascade`, which all layers of a step share that agree in what it is made from. What is absent is
-    planned for this call. One of other lengths, or of another number of shared blocks, is refused on the CPU; a GPU
-    follows it.
+    planned for this call. One of other lengths, or of another number of shared tokens, is refused on the CPU. A GPU
+    follows it in lengths; of another number of shared tokens it is flagged (`device_errors`), and nothing is attended
+    to.
 
     workspace: uint8 ``[cascade_workspace_size(...)]`` of one's own, of the query's library and device, that begins on
     16 bytes. All that lies between the passes is kept in it: with it, `out`, and `lse` if one is wanted, nothing is
@@ -170,7 +172,13 @@ def attend_in_parts(
     num_tokens, num_heads, head_dim = require_axes("query", query, "num_tokens", "num_heads", "head_dim")
     num_kv_heads, block_size = require_axes("k_cache", k_cache, "num_blocks", "num_kv_heads", "block_size", "dim")[1:3]
     v_head_dim = require_axes("v_cache", v_cache, "num_blocks", "num_kv_heads", "block_size", "v_head_dim")[3]
-    options = {"scale": scale, "softcap": softcap, "k_scale": k_scale, "v_scale": v_scale, "num_threads": num_threads}
+    options: dict[str, Any] = {
+        "scale": scale,
+        "softcap": softcap,
+        "k_scale": k_scale,
+        "v_scale": v_scale,
+        "num_threads": num_threads,
+    }
     call = _Call.checked(
         block_table, seq_lens, query_start_loc, block_table_rows, num_shared_blocks, block_size, max_seq_len
     )
@@ -192,6 +200,7 @@ def attend_in_parts(
             **options,
         )
         return
+    options["shared_tokens"] = shared_tokens = num_shared_blocks * block_size
     device, dtype = device_of(query), dtype_name(dtype_of(query))
     sizes = (num_tokens, call.num_seqs, num_heads, num_kv_heads, head_dim, v_head_dim)
     places, in_plan = _places(*sizes, dtype, device), plan_places(*sizes, dtype, device)
@@ -212,7 +221,7 @@ def attend_in_parts(
             seq_lens,
             query_start_loc,
             plan,
-            shared_tokens=num_shared_blocks * block_size,
+            shared_tokens=shared_tokens,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
@@ -227,36 +236,36 @@ def attend_in_parts(
         require_bytes("plan", plan, in_plan["end"], "query", query)
     parts = parts_of(plan, in_plan, call.num_seqs)
     if device < 0:
-        require_lengths(parts, seq_lens, num_shared_blocks * block_size)
+        require_lengths(parts, seq_lens, shared_tokens)
     # The passes run one after the other, so they share what memory they need themselves.
     memory = carve(workspace, places["attention"], (places["end"] - places["attention"],), "uint8")
     first = slice(call.donor, call.donor + 1)
-    ops.paged_attention(
+    _kernels.paged_attention(
         query,
         k_cache,
         v_cache,
         block_table[:, :num_shared_blocks] if block_table_rows is not None else block_table[first, :num_shared_blocks],
         parts.shared_len,
         parts.starts,
+        states[0],
+        lses[0],
         causal=False,
-        out=states[0],
-        lse=lses[0],
         max_query_len=num_tokens,
         block_table_rows=None if block_table_rows is None else block_table_rows[first],
         plan=parts.shared,
         workspace=memory,
         **options,
     )
-    ops.paged_attention(
+    _kernels.paged_attention(
         query,
         k_cache,
         v_cache,
         block_table[:, num_shared_blocks:],
         parts.own_lens,
         query_start_loc,
+        states[1],
+        lses[1],
         causal=causal,
-        out=states[1],
-        lse=lses[1],
         max_query_len=max_query_len,
         block_table_rows=block_table_rows,
         plan=parts.own,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from pagedcore import _kernels
 from pagedcore.layout import dtype_name
 from pagedcore.tensors import (
     carve,
@@ -151,8 +152,6 @@ def write_plan(
     """`plan_cascade` into `out`: what ``torch.ops.pagedcore.plan_cascade`` is. ``seq_len - shared_tokens`` tokens are a
     sequence's own; a negative number, which padding has, is 0.
     """
-    from pagedcore import ops
-
     (num_seqs,) = require_axes("seq_lens", seq_lens, "num_seqs")
     sizes = (num_tokens, num_seqs, num_heads, num_kv_heads, head_dim, v_head_dim)
     places = plan_places(*sizes, dtype, device_of(seq_lens))
@@ -171,12 +170,13 @@ def write_plan(
         "v_head_dim": v_head_dim,
         "num_tokens": num_tokens,
         "dtype": dtype,
+        "shared_tokens": shared_tokens,
     }
-    ops.plan_attention(
-        parts.shared_len, parts.starts, max_query_len=num_tokens, causal=False, out=parts.shared, **shape
+    _kernels.plan_attention(
+        parts.shared_len, parts.starts, parts.shared, max_query_len=num_tokens, causal=False, **shape
     )
-    ops.plan_attention(
-        parts.own_lens, query_start_loc, max_query_len=max_query_len, causal=causal, out=parts.own, **shape
+    _kernels.plan_attention(
+        parts.own_lens, query_start_loc, parts.own, max_query_len=max_query_len, causal=causal, **shape
     )
 
 

@@ -161,6 +161,7 @@ def paged_attention(
         plan,
         workspace,
         num_threads,
+        None,  # shared_tokens, which a cascade's passes have
     ):
         _torch_ops().paged_attention(
             query,

@@ -37,12 +37,13 @@ OPERATORS = {  # by name, their schemas
         " Tensor(a!) out, Tensor(b!)? lse=None, *, float? scale=None, bool causal=True, int? window=None,"
         " float softcap=0.0, Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? k_scale=None,"
         " Tensor? v_scale=None, int? max_query_len=None, int? max_seq_len=None, Tensor? block_table_rows=None,"
-        " int? split_size=None, Tensor? plan=None, Tensor(c!)? workspace=None, int? num_threads=None)"
+        " int? split_size=None, Tensor? plan=None, Tensor(c!)? workspace=None, int? num_threads=None,"
+        " int? shared_tokens=None)"
     ),
     "plan_attention": (
         "(Tensor seq_lens, Tensor query_start_loc, Tensor(a!) out, *, int num_heads, int num_kv_heads, int head_dim,"
         " int v_head_dim, int num_tokens, int max_query_len, str dtype, int? window=None, bool causal=True,"
-        " int? split_size=None)"
+        " int? split_size=None, int? shared_tokens=None)"
     ),
     "merge_states": (
         "(Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b, Tensor(a!) out, Tensor(b!) lse, Tensor? sinks=None, *,"

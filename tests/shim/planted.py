@@ -35,6 +35,7 @@ SEQUENCES = "test_shim_faults.py::test_sequences_that_cannot_be"
 FALLING = "test_shim_faults.py::test_starts_that_fall"
 NO_FAULTS = "test_shim_faults.py::test_nothing_is_flagged_where_nothing_is_wrong"
 OTHER_PLAN = "test_shim_faults.py::test_a_plan_of_another_call"
+OTHER_CASCADE = "test_shim_cascade.py::test_a_plan_of_other_shared_blocks_attends_to_nothing"
 NO_END = "test_shim_faults.py::test_a_length_without_end"
 MEMORY = "test_shim_memory.py::test_the_bound_is_reached_and_never_passed"
 TINY = "test_shim_attention_codes.py::test_values_of_any_size"
@@ -302,12 +303,23 @@ MUTANTS = [
     Mutant(
         "plan that says nothing of the mask",
         "paged_attention.cu",
-        "p.causal, p.window, plan.grid",
-        "plan.grid",
+        "p.causal, p.window, p.shared_tokens",
+        "p.shared_tokens",
         OTHER_PLAN,
     ),
     Mutant(
-        "plan that says nothing of the grid", "paged_attention.cu", "p.window, plan.grid, ", "p.window, ", OTHER_PLAN
+        "plan that says nothing of shared tokens",
+        "paged_attention.cu",
+        "p.window, p.shared_tokens,",
+        "p.window,",
+        OTHER_CASCADE,
+    ),
+    Mutant(
+        "plan that says nothing of the grid",
+        "paged_attention.cu",
+        "plan.grid, plan.few_tile",
+        "plan.few_tile",
+        OTHER_PLAN,
     ),
     Mutant(
         "a table's last block not seen",

@@ -6,6 +6,7 @@ What the tensor library does between them (`cascade.fill` and its like) is done 
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -27,6 +28,8 @@ def gpu(plain_shim: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[ShimGpu]:
         if isinstance(device, TorchGpu):
             yield device
             continue
+        for module in (cascade, cascade_plan):
+            monkeypatch.setattr(module, "_kernels", device.kernels)
         monkeypatch.setattr(tensors, "_address_of", lambda memory: memory.pointer)
         for module, names in ((cascade, ("hide",)), (cascade_plan, ("fill", "subtract"))):
             monkeypatch.setattr(module, "carve", partial(carve, device))
@@ -132,10 +135,12 @@ def test_a_recorded_step(gpu: ShimGpu, planned: bool) -> None:
 def test_a_plan_for_all_layers(gpu: ShimGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers that share a plan plan nothing, and give the bits that they give alone."""
     planned: list[Any] = []
-    plan_attention = ops.plan_attention
-    monkeypatch.setattr(
-        ops, "plan_attention", lambda *args, **options: planned.append(plan_attention(*args, **options))
-    )
+    kernels = cascade_plan._kernels
+
+    def plan_attention(*args: Any, **options: Any) -> None:
+        planned.append(kernels.plan_attention(*args, **options))
+
+    monkeypatch.setattr(cascade_plan, "_kernels", SimpleNamespace(plan_attention=plan_attention))
     layers = [sharing([5, 33, 0], [1, 3, 1], dtype=torch.bfloat16, heads=(8, 2), seed=seed) for seed in range(2)]
     lens, starts = gpu.upload(layers[0].seq_lens), gpu.upload(layers[0].query_start_loc)
     sizes = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64, "num_tokens": 5, "max_query_len": 3}
@@ -163,3 +168,23 @@ def test_a_plan_of_another_step_attends_to_nothing(gpu: ShimGpu) -> None:
     gpu.write(plan, torch.zeros(plan.shape, dtype=torch.uint8))
     ops.cascade_attention(*arguments(gpu, batch), num_shared_blocks=SHARED, max_query_len=3, plan=plan)
     assert any("a plan that was made for a call of other sizes" in fault for fault in ops.device_errors(0))
+
+
+@pytest.mark.parametrize("planned", [SHARED - 1, SHARED + 1])
+def test_a_plan_of_other_shared_blocks_attends_to_nothing(gpu: ShimGpu, planned: int) -> None:
+    """Neither pass: each would read keys of the other's, in pieces of as many units as the plan has."""
+    batch = sharing([5, 33, 20], [1, 3, 1], dtype=torch.bfloat16, heads=(8, 2))
+    sizes = (5, 3, 8, 2, 64)
+    args = arguments(gpu, batch)
+    shapes = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64, "num_tokens": 5, "max_query_len": 3}
+    workspace = gpu.empty((ops.cascade_workspace_size(*sizes, device=0),), torch.uint8)
+    gpu.write(workspace, torch.full(workspace.shape, 85, dtype=torch.uint8))
+    plan = ops.plan_cascade(*args[4:], num_shared_blocks=planned, block_size=16, **shapes)
+    assert ops.device_errors(0) == []
+    ops.cascade_attention(*args, num_shared_blocks=SHARED, max_query_len=3, plan=plan, workspace=workspace)
+    (error,) = ops.device_errors(0)
+    assert error.startswith("a plan that was made for a call of other sizes")
+    left = gpu.download(workspace)
+    for name in ("shared", "own"):
+        at = cascade._places(*sizes, 64, "bfloat16", 0)[name]
+        assert (left[at : at + 5 * 8 * 64 * 2] == 85).all()

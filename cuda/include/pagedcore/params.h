@@ -64,10 +64,12 @@ struct AttentionParams {
   int32_t block_size;
   int64_t max_query_len;  // what the caller says of query_start_loc and seq_lens; checked, and not used on the CPU
   int64_t max_seq_len;
-  int64_t window;      // 0: none; W: position i sees j if i - W < j <= i
-  int64_t split_size;  // -1: the planner cuts a sequence's keys as it likes; 0: never; n: at multiples of n tokens
-  float scale;         // multiplies the scores
-  float softcap;       // c > 0: a scaled score s becomes c * tanh(s / c); 0: none
+  int64_t window;         // 0: none; W: position i sees j if i - W < j <= i
+  int64_t split_size;     // -1: the planner cuts a sequence's keys as it likes; 0: never; n: at multiples of n tokens
+  int64_t shared_tokens;  // of a pass of cascade attention: what all sequences begin with; else 0. A GPU's plan is for
+                          // one number of them, as the lengths are that lie in a cascade's plan
+  float scale;            // multiplies the scores
+  float softcap;          // c > 0: a scaled score s becomes c * tanh(s / c); 0: none
   const float* alibi_slopes;  // [num_heads]; a key at distance d from the query gets -slope * d; null: none
   const float* sinks;  // [num_heads] logits, each of a key without a value that all rows of its head see; null: none
   bool causal;
