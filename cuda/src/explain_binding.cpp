@@ -11,6 +11,16 @@ namespace py = pybind11;
 namespace pagedcore {
 namespace {
 
+// Whether attention would take another kernel than this if it were told that no query is longer than it must be. Where
+// the mean of the lengths takes the same kernel, so does all between it and num_tokens: tiles grow with the longest
+// query, but for sequences that are all alike, and these are as long as the mean.
+[[maybe_unused]] bool a_shorter_query_changes(AttentionParams p, const char* kernel) {
+  if (p.num_seqs == 0 || p.num_tokens == 0) return false;
+  p.max_query_len = (p.num_tokens + p.num_seqs - 1) / p.num_seqs;
+  if constexpr (kGpuBuilt) return std::strcmp(gpu::kernel_name(p), kernel) != 0;
+  return false;
+}
+
 // (kernel, why it is not a faster one, or None). What `paged_attention` decides by: shapes, strides, alignment, and the
 // longest query; lengths play no part.
 py::tuple explain_attention(const py::object& query, const py::object& k_cache, const py::object& v_cache,
@@ -41,7 +51,7 @@ py::tuple explain_attention(const py::object& query, const py::object& k_cache, 
     if constexpr (kGpuBuilt) {
       const char* const kernel = gpu::kernel_name(p);
       py::object reason = py::cast(gpu::why_not_tiled(p));
-      if (reason.is_none() && !longest && p.num_seqs > 1 && std::strcmp(kernel, "decode") != 0)
+      if (reason.is_none() && !longest && a_shorter_query_changes(p, kernel))
         reason = py::str("max_query_len was not given, so that one query may have all " + std::to_string(p.num_tokens) +
                          " tokens");
       return py::make_tuple(kernel, reason);

@@ -77,10 +77,25 @@ def test_reasons(gpu: ShimGpu, options: dict[str, Any], reason: str) -> None:
     assert explain(gpu, [1, 1], 1, **options) == f"generic: {reason}"
 
 
-@pytest.mark.parametrize(("queries", "kernel"), [([1] * 5, "mixed"), ([1] * 300, "mixed"), ([200, 200], "prefill")])
+@pytest.mark.parametrize(("queries", "kernel"), [([1] * 5, "mixed"), ([1] * 300, "mixed"), ([32, 32], "mixed")])
 def test_a_choice_for_want_of_the_longest_query_is_told(gpu: ShimGpu, queries: list[int], kernel: str) -> None:
     told = f"{kernel}: max_query_len was not given, so that one query may have all {sum(queries)} tokens"
     assert explain(gpu, queries) == told
+
+
+@pytest.mark.parametrize(
+    ("queries", "options", "kernel"),
+    [
+        ([200, 200], {}, "prefill"),  # 400 tokens of two sequences: one has 200, which are as many tiles of 128 rows
+        ([1] * 5, {"heads": (17, 1)}, "mixed"),  # a query of one token has 17 rows
+        ([30, 1], {}, "mixed"),  # one has 16 tokens, of 64 rows
+        ([], {}, "decode"),
+    ],
+)
+def test_a_choice_that_no_longest_query_changes_is_told_alone(
+    gpu: ShimGpu, queries: list[int], options: dict[str, Any], kernel: str
+) -> None:
+    assert explain(gpu, queries, **options) == kernel
 
 
 def test_misaligned_rows(gpu: ShimGpu) -> None:
