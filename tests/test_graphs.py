@@ -156,6 +156,49 @@ def test_an_error_of_the_work_itself_leaves_an_ended_recording_to_torch(torch: T
     assert graphs._unended == []
 
 
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_is_one_where_cuda_refuses_to_end_the_recording(torch: Torch, kind: type[BaseException]) -> None:
+    """And no reason for decode steps without graphs, which torch's RuntimeError in its place would be."""
+    runs: list[int] = []
+
+    def interrupted(tensors: Any) -> Any:
+        runs.append(1)
+        if len(runs) > 1:
+            torch.refuses = True
+            raise kind
+
+    staging: Any = SimpleNamespace(decode_tensors=lambda batch: None)
+    recorder = graphs.CudaRecorder("cuda")  # type: ignore[arg-type]
+    with pytest.raises(kind):
+        graphs.DecodeGraphs(staging, interrupted, recorder, 2)
+    assert (torch.underway, torch.pool_users) == ([], 0)
+    assert torch.stream == "the caller's"
+    assert not torch.generator.recording
+
+    torch.refuses = False
+    assert recorder.record(lambda: 42)[1] == 42  # type: ignore[arg-type, return-value]
+
+
+def test_an_interrupt_of_before_is_not_the_recordings(torch: Torch) -> None:
+    """One that is being handled where a recording fails."""
+    runs: list[int] = []
+
+    def waits() -> Any:
+        runs.append(1)
+        if len(runs) > 1:
+            torch.refuses = True
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    try:
+        interrupted()
+    except KeyboardInterrupt:
+        with pytest.raises(RuntimeError, match="previous error during capture"):
+            graphs.CudaRecorder("cuda").record(waits)  # type: ignore[arg-type]
+
+
 def test_each_device_has_its_own_stream_to_record_on(torch: Torch) -> None:
     """Torch's own is of the device on which anything was recorded first: work for another would not be recorded."""
     for device in ("cuda:0", "cuda:1"):

@@ -12,7 +12,7 @@ import logging
 import sys
 import threading
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -55,6 +55,7 @@ class CudaRecorder:
 
     def record(self, work: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
         """See `Recorder`. The work runs once as it is first, so that libraries are loaded and buffers there."""
+        handled = sys.exception()
         with _recording, torch.cuda.device(self._device):
             current = torch.cuda.current_stream()
             self._side.wait_stream(current)
@@ -66,8 +67,12 @@ class CudaRecorder:
                 # Other threads may use the device meanwhile: only this one must not do what cannot be recorded.
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"):
                     result = work()
-            except BaseException:
+            except BaseException as error:
                 self._end(graph)
+                # Where CUDA refuses to end what was interrupted, torch raises that in its place.
+                for earlier in _what_led_to(error, handled):
+                    if not isinstance(earlier, Exception):
+                        raise earlier  # noqa: B904  # it came first
                 raise
             finally:
                 torch.cuda.set_stream(current)  # some versions of torch leave their own where a recording fails
@@ -129,9 +134,20 @@ class DecodeGraphs:
 
 def _reason(error: BaseException, handled: BaseException | None = None) -> str:
     """A line: what went wrong first, after what was being handled already. What ends the recording fails for that."""
-    while (earlier := error.__context__) is not None and earlier is not handled and not error.__suppress_context__:
+    *_, first = _what_led_to(error, handled)
+    return str(first).partition("\n")[0]
+
+
+def _what_led_to(error: BaseException, handled: BaseException | None) -> Iterator[BaseException]:
+    """The error and those that it was raised in the handling of, the latest first, up to what was being handled
+    already.
+    """
+    while True:
+        yield error
+        earlier = error.__context__
+        if earlier is None or earlier is handled or error.__suppress_context__:
+            return
         error = earlier
-    return str(error).partition("\n")[0]
 
 
 def batch_sizes(most: int) -> list[int]:
