@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
 import transformers
 from models import VOCAB_SIZE, save_tiny_model
-from pagedcore import linear, models
+from pagedcore import attention, linear, models
 from pagedcore.devices import choose_dtype
 from pagedcore.errors import InvalidArgumentError, UnsupportedError
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 TINY = {
     "vocab_size": 64,
@@ -234,6 +236,29 @@ def test_packed_products(tmp_path):
                 torch.testing.assert_close(plain(x), y, rtol=1e-5, atol=1e-5)
     assert not linear.can_pack(torch.nn.Linear(4, 4).to(torch.float64))
     assert not linear.can_pack(torch.nn.ReLU())
+
+
+def test_a_probe_goes_to_the_models_device(tmp_path, monkeypatch):
+    """Which is not the current one as a rule, and kernels of a model's own ask for that alone."""
+    current = []
+
+    @contextmanager
+    def device(of):
+        current.append(of)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    config = transformers.LlamaConfig(**TINY, attn_implementation=attention.NAME)
+    attention.register()
+    ran_on = []
+    for where in ("cuda:1", "cpu"):
+        with FakeTensorMode(), torch.device(where):
+            module = transformers.LlamaForCausalLM(config).eval()
+            module.lm_head.register_forward_hook(lambda *_: ran_on.append(list(current)))
+            assert len(models.probe(module)[0]) == 2
+    assert ran_on == [[torch.device("cuda:1")], []]
+    assert current == []
 
 
 def test_vocabulary_and_shapes_are_what_the_probe_saw(tmp_path):

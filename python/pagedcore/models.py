@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -255,14 +256,16 @@ def probe(module: PreTrainedModel) -> tuple[tuple[attention.LayerShape, ...], in
     seen = attention.AttentionProbe()
     name = type(module).__name__
     device = next(module.parameters()).device
+    # Kernels that are not torch's own, which some models have, go to the current device, wherever their tensors are.
+    there = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     ids = torch.zeros(1, 2, dtype=torch.long, device=device)
     try:
-        with torch.inference_mode():
+        with there, torch.inference_mode():
             logits = module(
                 input_ids=ids,
                 position_ids=torch.arange(2, device=device).unsqueeze(0),
                 use_cache=False,
-                logits_to_keep=torch.tensor([1], device=device),
+                logits_to_keep=torch.ones(1, dtype=torch.long, device=device),
                 pagedcore_step=seen,
             ).logits
     except UnsupportedError:
