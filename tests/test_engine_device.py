@@ -6,8 +6,10 @@ same bits as on a GPU. On a GPU the same way is taken by `LLM(device="cuda")`.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import itertools
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,13 +17,14 @@ import pytest
 import torch
 from greedy import Reference
 from models import VOCAB_SIZE, save_tiny_model
-from pagedcore import Engine, SamplingParams, Scheduler, SchedulerConfig, graphs, models, ops, runner, sampling, staging
+from pagedcore import Engine, SamplingParams, Scheduler, SchedulerConfig, graphs, models, ops, runner, staging
 from pagedcore.attention import AttentionStep, LayerCache, paged_attention_forward
 from pagedcore.devices import choose_device
+from pagedcore.draws import NO_DRAWS
 from pagedcore.errors import InvalidArgumentError, UnsupportedError
 
 CPU = torch.device("cpu")
-NONE = sampling.NO_DRAWS.numbers
+NONE = NO_DRAWS.numbers
 
 
 class Rerun:
@@ -202,6 +205,13 @@ def test_batch_sizes():
 # ------------------------------------------------------------------------------------------------------ staging
 
 CONFIG = {"num_blocks": 200, "block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 64}
+
+
+def test_what_carries_a_step_imports_nothing_beside_it():
+    """It sends the numbers that samples are drawn by, and knows nothing of how tokens are chosen."""
+    nodes = ast.walk(ast.parse(Path(staging.__file__).read_text(encoding="utf-8")))
+    imported = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert {name for name in imported if name.startswith("pagedcore")} == {"pagedcore._core", "pagedcore.draws"}
 
 
 def make_staging():

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from pagedcore import sampling
+from pagedcore.draws import Draws
 from pagedcore.errors import InvalidArgumentError
 from pagedcore.params import SamplingParams
-from pagedcore.sampling import Draws, Sampler, sample, sequence_key, uniform
+from pagedcore.sampling import Sampler, sample, sequence_key, uniform
 
 VOCAB = 1000
 

@@ -11,34 +11,16 @@ is read there (`sample`). The host decides nothing by what a device holds until 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from pagedcore.draws import NO_DRAWS, Draws
 from pagedcore.params import GREEDY_BELOW, SamplingParams
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 #: Top-k and top-p look at this many best tokens first, and sort the whole row only if these do not settle it. The same
 #: for all rows, so that ties are broken alike whatever the step holds.
 _CANDIDATES = 512
-
-
-@dataclass(frozen=True, eq=False)
-class Draws:
-    """What the random samples of a step are drawn by, on the host; greedy samples need nothing. M random samples, those
-    without top-k and top-p first.
-    """
-
-    numbers: NDArray[np.float64]  # [5, M]: index of the sample, temperature, top_k (0: all), top_p, u in (0, 1)
-    num_whole: int  # how many have neither top-k nor top-p: drawn in the order of the vocabulary, with no sorting
-
-
-#: A row of `Draws.numbers` for each. All are exact in float64, so that one array holds them.
-NUM_NUMBERS = 5
 
 
 class Sampler:
@@ -79,9 +61,6 @@ class Sampler:
         numbers = np.stack([samples, self._temperature[of], self._top_k[of], self._top_p[of], u], dtype=np.float64)
         return Draws(numbers, len(random) - int(sorts.sum()))
 
-
-#: Of a step whose samples are all greedy.
-NO_DRAWS = Draws(np.empty((NUM_NUMBERS, 0)), 0)
 
 #: In the place of a token id: the sample failed; the best `_CANDIDATES` do not settle it. One array comes back from a
 #: device, not three.

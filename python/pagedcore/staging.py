@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pagedcore.sampling import NUM_NUMBERS
+from pagedcore.draws import NUM_NUMBERS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -54,7 +54,7 @@ class Staged:
     block_copies: torch.Tensor | None  # int32 [n, 2]
     table_updates: torch.Tensor | None  # int32 [m, 3], of `StepTensors.block_table`
     tensors: StepTensors
-    numbers: torch.Tensor | None  # float64 [.., M]: `sampling.Draws.numbers`; None: every sample is greedy
+    numbers: torch.Tensor | None  # float64 [.., M]: `Draws.numbers`; None: every sample is greedy
 
 
 class HostStaging:
