@@ -42,10 +42,12 @@ if(PAGEDCORE_NVCC)
   enable_language(CUDA)
   message(STATUS "GPU kernels: ${PAGEDCORE_NVCC}, ${CMAKE_CUDA_ARCHITECTURES}")
 
+  # What takes long first, two images of a file at a time: the last files of a build would else leave cores idle.
   file(GLOB kernels CONFIGURE_DEPENDS cuda/gpu/*.cu)
-  add_library(pagedcore_gpu OBJECT ${kernels})
+  file(GLOB tiled CONFIGURE_DEPENDS cuda/gpu/mixed_*.cu cuda/gpu/decode.cu cuda/gpu/prefill.cu)
+  list(REMOVE_ITEM kernels ${tiled})
+  add_library(pagedcore_gpu OBJECT ${tiled} ${kernels})
   target_include_directories(pagedcore_gpu PRIVATE cuda/include cuda/gpu)
-  # Two images of a file at a time: the last file of a build would else leave a core idle.
   # No contraction of products and sums but where it is written (fmaf): else what a row's result is would depend on which
   # kernel of several computes it, and its bits on the sequences beside it.
   target_compile_options(pagedcore_gpu PRIVATE --ptxas-options=-v --threads=2 --fmad=false)

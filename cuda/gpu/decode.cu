@@ -6,7 +6,7 @@
 //
 // Chosen when no sequence has more than 16 rows a KV head, the dtype is f16 or bf16, K and V have one head size of 64,
 // 80, 96, 112, 128, 192 or 256 (of codes 64 or 128), and every row of Q, K and V starts on 16 bytes. At head size 256
-// mixed.cu takes what has a split_size.
+// mixed.h takes what has a split_size.
 #include "attend.h"
 #include "few_rows.h"
 

@@ -91,6 +91,10 @@ Tiles tiles_for(const AttentionParams& p) {
   return alike || p.num_tokens * group >= p.num_seqs * kPrefillRows ? Tiles::prefill : Tiles::mixed;
 }
 
+TiledKernel mixed_kernel_for(const AttentionParams& p) {
+  return of_its_elements(p, mixed_kernel_of<f16>, mixed_kernel_of<bf16>, mixed_kernel_of<Codes>);
+}
+
 TiledKernel kernel_for(const AttentionParams& p) {
   switch (tiles_for(p)) {
     case Tiles::decode:

@@ -31,8 +31,9 @@ struct TiledKernel {
 
 // Tiles of 16 rows: decode, and a few query tokens a sequence (decode.cu).
 TiledKernel decode_kernel_for(const AttentionParams& params);
-// Tiles of 16 rows for such sequences, of 64 for the others (mixed.cu); above kMostDimOfBothTiles of 64 for all.
-TiledKernel mixed_kernel_for(const AttentionParams& params);
+// Tiles of 16 rows for such sequences, of 64 for the others (mixed.h); above kMostDimOfBothTiles of 64 for all.
+template <class T>
+TiledKernel mixed_kernel_of(const AttentionParams& params);
 constexpr int kMostDimOfBothTiles = 192;
 // Tiles of 128 rows: prompts (prefill.cu). At other head sizes than these tiles of 64 serve them, to the same bits:
 // above 128 two stages of keys beside 128 rows of Q would not fit shared memory, and between them few models are.
@@ -50,27 +51,37 @@ constexpr bool takes_codes(int head_dim) { return head_dim == 64 || head_dim == 
 
 // Family::instance<kDim, T>() for these parameters, of the head sizes given.
 template <class Family, class T, int kDim, int... kOthers>
-TiledKernel instance_for(const AttentionParams& p) {
+TiledKernel instance_among(const AttentionParams& p) {
   if constexpr (!kOfCodes<T> || takes_codes(kDim)) {
     if (p.head_dim == kDim) return Family::template instance<kDim, T>();
   }
   if constexpr (sizeof...(kOthers) > 0) {
-    return instance_for<Family, T, kOthers...>(p);
+    return instance_among<Family, T, kOthers...>(p);
   } else {
     throw std::invalid_argument("head_dim " + std::to_string(p.head_dim) + ": this build has no tiled kernel for it");
   }
 }
 
-template <class Family>
+template <class Family, class T>
 TiledKernel instance_for(const AttentionParams& p) {
-  const TiledKernel of_elements = p.dtype == DType::f16 ? instance_for<Family, f16, PAGEDCORE_TILED_HEAD_DIMS>(p)
-                                                        : instance_for<Family, bf16, PAGEDCORE_TILED_HEAD_DIMS>(p);
+  return instance_among<Family, T, PAGEDCORE_TILED_HEAD_DIMS>(p);
+}
+
+// Of the kinds of elements that a family has instances for, the one of these parameters.
+using InstanceFor = TiledKernel(const AttentionParams&);
+inline TiledKernel of_its_elements(const AttentionParams& p, InstanceFor f16, InstanceFor bf16, InstanceFor codes) {
+  const TiledKernel of_elements = p.dtype == DType::f16 ? f16(p) : bf16(p);
   if (p.kv_dtype != DType::e4m3) return of_elements;
   // A plan is made without the cache: work over codes is cut as over elements, for the same grid. As many blocks of
   // theirs run at one time, or more: registers.toml sees to that, and shared memory holds half the bytes.
-  TiledKernel of_codes = instance_for<Family, Codes, PAGEDCORE_TILED_HEAD_DIMS>(p);
+  TiledKernel of_codes = codes(p);
   of_codes.grid = of_elements.grid;
   return of_codes;
+}
+
+template <class Family>
+TiledKernel instance_for(const AttentionParams& p) {
+  return of_its_elements(p, instance_for<Family, f16>, instance_for<Family, bf16>, instance_for<Family, Codes>);
 }
 
 }  // namespace pagedcore::gpu

@@ -5,36 +5,39 @@
 // Cut: as decode.cu; the line of all work counts a unit of 16 rows by its bytes and one of 64 rows by its flop.
 // Shared memory: the larger of both, 96 KiB and a little at head size 128, so two blocks an SM on sm_90.
 //
-// Chosen when a sequence may have more than 16 rows a KV head and prefill.cu is not.
+// Chosen when a sequence may have more than 16 rows a KV head and prefill.cu is not. The instances, which take longer
+// to compile than all others, are in a file for each kind of elements: mixed_f16.cu, mixed_bf16.cu, mixed_codes.cu.
+#pragma once
+
 #include "attend.h"
 #include "few_rows.h"
 #include "many_rows.h"
 
 namespace pagedcore::gpu {
-namespace {
 
-constexpr int kWarps = 4;
+constexpr int kMixedWarps = 4;
 
 // Above kMostDimOfBothTiles registers leave no room for both sizes in one kernel.
 template <int kDim, class T>
-using Few = std::conditional_t<kDim <= kMostDimOfBothTiles, FewRows<kDim, T, kWarps * device::kWarpSize>,
-                               ManyRows<kDim, T, kWarps>>;
+using MixedFew = std::conditional_t<kDim <= kMostDimOfBothTiles, FewRows<kDim, T, kMixedWarps * device::kWarpSize>,
+                                    ManyRows<kDim, T, kMixedWarps>>;
 
 template <int kDim, class T>
-PAGEDCORE_KERNEL(kWarps* device::kWarpSize, (kDim <= 128 ? 2 : 1))
+PAGEDCORE_KERNEL(kMixedWarps* device::kWarpSize, (kDim <= 128 ? 2 : 1))
 mixed_kernel(const PlannedAttention params) {
-  attend_all<Few<kDim, T>, ManyRows<kDim, T, kWarps>, T>(params);
+  attend_all<MixedFew<kDim, T>, ManyRows<kDim, T, kMixedWarps>, T>(params);
 }
 
 struct Mixed {
   template <int kDim, class T>
   static TiledKernel instance() {
-    return tiled_kernel<Few<kDim, T>, ManyRows<kDim, T, kWarps>, mixed_kernel<kDim, T>>();
+    return tiled_kernel<MixedFew<kDim, T>, ManyRows<kDim, T, kMixedWarps>, mixed_kernel<kDim, T>>();
   }
 };
 
-}  // namespace
-
-TiledKernel mixed_kernel_for(const AttentionParams& p) { return instance_for<Mixed>(p); }
+template <class T>
+TiledKernel mixed_kernel_of(const AttentionParams& p) {
+  return instance_for<Mixed, T>(p);
+}
 
 }  // namespace pagedcore::gpu
