@@ -30,6 +30,7 @@ CODES_QUERIES = "test_shim_attention_codes.py::test_queries_beyond_f16"
 BESIDE = "test_shim_attention_split.py::test_a_sequence_that_decodes_is_the_same_beside_prompts"
 STALE = "test_shim_plan.py::test_a_plan_for_other_lengths_is_flagged"
 STALE_TILES = "test_shim_plan.py::test_a_plan_for_other_queries_is_flagged"
+PLAN_END = "test_shim_plan.py::test_a_plan_never_outgrows_its_memory"
 STARTS = "test_shim_attention.py::test_query_starts_out_of_range_write_nothing_outside"
 SEQUENCES = "test_shim_faults.py::test_sequences_that_cannot_be"
 FALLING = "test_shim_faults.py::test_starts_that_fall"
@@ -329,6 +330,13 @@ MUTANTS = [
         NO_END,
     ),
     Mutant("no end at the table's", "spans.h", "if (s.work.end <= table_end) return;", "return;", NO_END),
+    Mutant(
+        "items past the plan's end",
+        "plan.cu",
+        "counted.all < plan.most_items ? counted.all : plan.most_items",
+        "counted.all",
+        PLAN_END,
+    ),
     Mutant("starts that fall not flagged", "sequences.h", "end < start || ", "", FALLING),
     Mutant("starts past the tokens not flagged", "sequences.h", "end > p.num_tokens || ", "", SEQUENCES),
     Mutant("first start not looked at", "sequences.h", "first == 0 && p.query_start_loc[0] != 0", "false", SEQUENCES),

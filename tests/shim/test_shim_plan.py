@@ -91,6 +91,22 @@ def test_a_plan_for_other_queries_is_flagged(gpu: ShimGpu) -> None:
     assert error.startswith("a plan that was made for a call of other sizes or lengths")
 
 
+def test_a_plan_never_outgrows_its_memory(gpu: ShimGpu) -> None:
+    """Query starts that fall make sequences of the same tokens, which have more tiles than these tokens have room for:
+    they are left out, and flagged.
+    """
+    tokens, seqs = 256, 64
+    starts = torch.tensor([0, tokens] * (seqs // 2) + [0], dtype=torch.int32)
+    lens = torch.full((seqs,), tokens, dtype=torch.int32)
+    size = ops.attention_plan_size(tokens, seqs, 8, 2, 64, device=0)
+    room = gpu.empty((size + (1 << 16),), torch.uint8)
+    gpu.write(room, torch.full(room.shape, 85, dtype=torch.uint8))
+    heads = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64}
+    ops.plan_attention(gpu.upload(lens), gpu.upload(starts), **heads, num_tokens=tokens, max_query_len=tokens, out=room)
+    assert ops.device_errors(0)[-1].startswith("query starts that do not rise")
+    assert (gpu.download(room)[size:] == 85).all()
+
+
 def test_memory_without_a_plan_is_flagged(gpu: ShimGpu) -> None:
     batch = make_batch([300, 130], [1, 30], dtype=torch.bfloat16)
     room = gpu.empty((1 << 20,), torch.uint8)
