@@ -17,7 +17,7 @@ if(NOT wanted MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "PAGEDCORE_CUDA is ${PAGEDCORE_CUDA}: use AUTO, ON or OFF")
 elseif(NOT wanted STREQUAL "OFF")
   execute_process(COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_SOURCE_DIR}/python/_build/nvcc.py"
-    OUTPUT_VARIABLE PAGEDCORE_NVCC RESULT_VARIABLE failed)
+    OUTPUT_VARIABLE PAGEDCORE_NVCC)
   if(NOT PAGEDCORE_NVCC AND wanted STREQUAL "ON")
     message(FATAL_ERROR "PAGEDCORE_CUDA is ON and no nvcc of CUDA 12.4 or newer was found: set CUDACXX, or run "
       "python python/_build/nvcc.py --install")

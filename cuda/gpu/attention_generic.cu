@@ -11,11 +11,13 @@
 #include <type_traits>
 
 #include "gpu.h"
+#include "grid.h"
 #include "page_of_key.h"
 #include "pagedcore/device.h"
 #include "pagedcore/mask.h"
 #include "pagedcore/score.h"
 #include "pagedcore/softmax.h"
+#include "report.h"
 #include "sequences.h"
 
 namespace pagedcore::gpu {
@@ -27,7 +29,6 @@ constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kMaxDim = 256;
 constexpr int kColumns = kMaxDim / kWarpSize;  // of the output, per lane
-constexpr int kMaxBlocks = 16384;              // of the grid: enough to fill any GPU many times over
 
 // The sequence that query token `token` belongs to: the last one that starts at or before it and is not empty.
 PAGEDCORE_DEVICE int sequence_of(const AttentionParams& p, int64_t token) {
@@ -53,7 +54,7 @@ PAGEDCORE_DEVICE float scale_at(const Scales& scales, int64_t block, int kv_head
 template <class T, class C>
 PAGEDCORE_DEVICE void attend_row(const AttentionParams& p, int64_t token, int head, float* q) {
   const int lane = lane_id();
-  const bool padding = token >= p.query_start_loc[p.num_seqs];  // nobody's: it sees nothing
+  const bool padding = p.num_seqs == 0 || token >= p.query_start_loc[p.num_seqs];  // nobody's: it sees nothing
   const int seq = padding ? 0 : sequence_of(p, token);
   KeyRange keys{0, 0};
   int64_t position = 0;
@@ -65,6 +66,12 @@ PAGEDCORE_DEVICE void attend_row(const AttentionParams& p, int64_t token, int he
   }
   const int kv_head = head / (p.num_heads / p.num_kv_heads);
   const TableRow table = padding ? TableRow{} : table_row_of(p, seq);
+  // A length that is no length must not hold up the GPU: past the table there are no keys.
+  const int64_t table_end = int64_t{table.count} * p.block_size;
+  if (keys.end > table_end) {
+    report(p.faults, DeviceFault::length);
+    keys.end = table_end;
+  }
 
   const T* query = static_cast<const T*>(p.query) + token * p.query_token_stride + head * p.query_head_stride;
   for (int d = lane; d < p.head_dim; d += kWarpSize) q[d] = to_float(query[d]);
@@ -145,7 +152,7 @@ attention_kernel(const AttentionParams p) {
 template <class T, class C>
 void run(const AttentionParams& p, Stream stream) {
   const int64_t blocks = (p.num_tokens * p.num_heads + kWarps - 1) / kWarps;
-  launch(attention_kernel<T, C>, static_cast<int>(blocks < kMaxBlocks ? blocks : kMaxBlocks), 1, 1, kThreads,
+  launch(attention_kernel<T, C>, grid_for(blocks), 1, 1, kThreads,
          static_cast<size_t>(kWarps * p.head_dim) * sizeof(float), stream, p);
 }
 

@@ -6,6 +6,7 @@
 // Indices that are out of range are skipped and flagged: nothing on the host has read them.
 #include "gpu.h"
 
+#include "grid.h"
 #include "pagedcore/device.h"
 #include "quantise.h"
 #include "report.h"
@@ -17,10 +18,7 @@ namespace {
 using namespace device;
 
 constexpr int kThreads = 128;
-constexpr int kMaxBlocks = 16384;           // of the grid; the rest is a loop
-constexpr int64_t kChunkBytes = 16 * 1024;  // of a contiguous run, per block of the grid
-
-int grid_for(int64_t items) { return static_cast<int>(items < kMaxBlocks ? items : kMaxBlocks); }
+constexpr int64_t kRunChunkBytes = 16 * 1024;  // of a contiguous run, per block of the grid
 
 // The widest unit, 16, 4, 2 or 1 bytes, that divides all of `values`: addresses, strides and lengths.
 int widest_unit(std::initializer_list<int64_t> values) {
@@ -87,9 +85,9 @@ move_kernel(const MoveParams p) {
   const BlockRegion& region = p.region;
   for (int64_t item = block_x(); item < p.count * p.rows * p.chunks; item += grid_x()) {
     const int64_t chunk = item % p.chunks, row = item / p.chunks % p.rows, entry = item / p.chunks / p.rows;
-    const int64_t begin = chunk * kChunkBytes;
+    const int64_t begin = chunk * kRunChunkBytes;
     const int64_t left = region.contiguous_bytes - begin;
-    const int64_t bytes = left < kChunkBytes ? left : kChunkBytes;
+    const int64_t bytes = left < kRunChunkBytes ? left : kRunChunkBytes;
     const int64_t in_block =
         row / region.shape[1] * region.strides[0] + row % region.shape[1] * region.strides[1] + begin;
     const auto known = [&](int32_t id) {
@@ -118,7 +116,7 @@ template <Move kMove>
 void move(const BlockRegion& region, const int32_t* ids, int64_t count, char* staging, Stream stream) {
   const int64_t rows = region.shape[0] * region.shape[1];
   if (count == 0 || rows == 0 || region.contiguous_bytes == 0) return;
-  const int64_t chunks = (region.contiguous_bytes + kChunkBytes - 1) / kChunkBytes;
+  const int64_t chunks = (region.contiguous_bytes + kRunChunkBytes - 1) / kRunChunkBytes;
   const MoveParams params{region, ids, count, staging, rows, chunks};
   const int grid = grid_for(count * rows * chunks);
   const auto run = [&](auto kernel) { launch(kernel, grid, 1, 1, kThreads, 0, stream, params); };

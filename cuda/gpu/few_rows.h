@@ -53,10 +53,11 @@ struct FewRows {
   static constexpr int kStageBytes = 2 * kSideBytes;
   static constexpr int kPipelineBytes = kWarps * kStages * kStageBytes;
   static constexpr int kRecordsBytes = kWarps * Record::kFloats * 4;
+  static constexpr int kMasksBytes = 128;
   static constexpr int kMasksAt = kPipelineBytes > kRecordsBytes ? kPipelineBytes : kRecordsBytes;
-  static constexpr int kScalesAt = kMasksAt + 128;  // [warp][stage][K, V][key]
+  static constexpr int kScalesAt = kMasksAt + kMasksBytes;  // [warp][stage][K, V][key]
   static constexpr int kQueryAt = kScalesAt + (kOfCodes<T> ? kWarps * kStages * 2 * kWarpKeys * 4 : 0);
-  static_assert(kWarps * kStages * 4 <= 128, "room for the masks");
+  static_assert(kWarps * kStages * 4 <= kMasksBytes, "room for the masks");
   static constexpr int kSharedBytes = kQueryAt + (kQueryInShared ? kRows * kDim * 2 : 0);
   static_assert(kSharedBytes <= kMostSharedBytes, "shared memory of one block on sm_86 and sm_89");
   static_assert(kThreads >= kWarps * device::kWarpSize, "a warp for each share of the keys");

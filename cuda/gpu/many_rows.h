@@ -2,7 +2,8 @@
 //
 // Each warp has 16 rows, and their state in its registers from the first key to the last. The block walks over tiles of
 // keys, 64 or 32 at a time, that all warps share: each warp copies its part of a tile's keys, a barrier makes it
-// everybody's, and while the warps multiply the next tile is under way. Work per byte from pages: 16 flop a row.
+// everybody's, and while the warps multiply the next tile is under way. Work per byte from pages: a flop a row, of
+// codes two.
 //
 // Shared memory: the stages, the valid bits, and above head size 128 Q, or scales of codes.
 //
@@ -48,11 +49,12 @@ struct ManyRows {
   static constexpr int kWarpKeys = kKeys / kWarps;  // that a warp copies of a tile
   static constexpr int kRowBytes = kDim * static_cast<int>(sizeof(Cache));
   static constexpr int kSideBytes = kKeys * kRowBytes;  // K of a tile, or V
+  static constexpr int kMasksBytes = 128, kLimitsBytes = 128;
   static constexpr int kMasksAt = kStages * 2 * kSideBytes;
-  static constexpr int kLimitsAt = kMasksAt + 128;
-  static constexpr int kScalesAt = kLimitsAt + 128;  // [stage][K, V][key]
+  static constexpr int kLimitsAt = kMasksAt + kMasksBytes;
+  static constexpr int kScalesAt = kLimitsAt + kLimitsBytes;  // [stage][K, V][key]
   static constexpr int kQueryAt = kScalesAt + (kOfCodes<T> ? kStages * 2 * kKeys * 4 : 0);
-  static_assert(kWarps * kStages * 4 <= 128 && kWarps * 16 <= 128, "room for the masks and limits");
+  static_assert(kWarps * kStages * 4 <= kMasksBytes && kWarps * 16 <= kLimitsBytes, "room for the masks and limits");
   static constexpr int kSharedBytes = kQueryAt + (kQueryInShared ? kRows * kDim * 2 : 0);
   static_assert(kSharedBytes <= kMostSharedBytes, "shared memory of one block on sm_86 and sm_89");
   static_assert(kUnitKeys % kKeys == 0, "tiles begin where units do");

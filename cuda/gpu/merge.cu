@@ -3,6 +3,7 @@
 // Cut: a warp has one row, that is one token's output of one head, and each lane every 32nd column; the grid strides
 // over all rows. Bytes: three rows an output row, nothing read twice; bandwidth decides.
 #include "gpu.h"
+#include "grid.h"
 #include "pagedcore/device.h"
 #include "pagedcore/softmax.h"
 
@@ -13,7 +14,6 @@ using namespace device;
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kMaxBlocks = 16384;  // of the grid: enough to fill any GPU many times over
 
 template <class T>
 PAGEDCORE_DEVICE T* row_of(const PartialOutput& state, int64_t token, int head) {
@@ -53,9 +53,7 @@ void load_merge() {
 void merge_states(const MergeParams& p, Stream stream) {
   const int64_t blocks = (p.num_tokens * p.num_heads + kWarps - 1) / kWarps;
   if (blocks == 0) return;
-  const auto run = [&](auto kernel) {
-    launch(kernel, static_cast<int>(blocks < kMaxBlocks ? blocks : kMaxBlocks), 1, 1, kThreads, 0, stream, p);
-  };
+  const auto run = [&](auto kernel) { launch(kernel, grid_for(blocks), 1, 1, kThreads, 0, stream, p); };
   switch (p.dtype) {
     case DType::f32:
       return run(merge_kernel<float>);

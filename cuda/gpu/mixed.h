@@ -3,6 +3,7 @@
 // all are of 64.
 //
 // Cut: as decode.cu; the line of all work counts a unit of 16 rows by its bytes and one of 64 rows by its flop.
+// Bytes: as decode.cu for sequences of few rows, K and V of a KV head once per 64 rows for the others.
 // Shared memory: the larger of both, 96 KiB and a little at head size 128, so two blocks an SM on sm_90.
 //
 // Chosen when a sequence may have more than 16 rows a KV head and prefill.cu is not. The instances, which take longer

@@ -1,5 +1,6 @@
 // paged_attention: which kernel a call takes, and the memory that its plan and its pieces need. Everything here is
 // decided from shapes, strides, alignment and max_query_len: no host knows the lengths.
+#include <algorithm>
 #include <initializer_list>
 
 #include "gpu.h"
@@ -60,8 +61,10 @@ constexpr int64_t kPrefillTile = 128;
 
 enum class Tiles { decode, mixed, prefill };
 
-// Query tokens of a sequence at most.
-int64_t longest_query(const AttentionParams& p) { return p.max_query_len > 0 ? p.max_query_len : p.num_tokens; }
+// Query tokens of a sequence at most. Where a caller said that there are none, what there is is flagged.
+int64_t longest_query(const AttentionParams& p) {
+  return std::max<int64_t>(1, std::min(p.max_query_len, p.num_tokens));
+}
 
 // With a split_size a sequence has the same bits in any company. Tiles of 64 and of 128 rows give a row the same, tiles
 // of 16 do not: a sequence of few rows has these in every launch that it may be in, or in none.

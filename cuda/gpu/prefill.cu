@@ -1,6 +1,7 @@
 // Attention of prompts: tiles of 128 rows (many_rows.h), so that a key that was copied serves twice the rows.
 //
-// Cut: as decode.cu. Shared memory: 64 KiB and a little at head size 128; registers leave one block an SM.
+// Cut: as decode.cu. Bytes: K and V of a KV head once per 128 rows. Shared memory: 64 KiB and a little at head size
+// 128; registers leave one block an SM.
 //
 // Chosen when most sequences have many rows (paged_attention.cu) and the head size is 64 or 128. A row's result has
 // the same bits as in a tile of 64.

@@ -2,8 +2,10 @@
 // head has a scale of its own, that is made of the row and written with it. To the bit what docs/quantisation.md says.
 //
 // Cut: a warp has one row of K or of V, that is one token's of one head; each lane has every 32nd element. With scales
-// of its own a row is read twice, the second time from the cache.
+// of its own a row is read twice, the second time from the cache. Bytes: a row in, a byte an element out, and 4 for a
+// scale that is made.
 #include "gpu.h"
+#include "grid.h"
 #include "pagedcore/device.h"
 #include "pagedcore/quantise.h"
 #include "quantise.h"
@@ -16,7 +18,6 @@ using namespace device;
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kMaxBlocks = 16384;  // of the grid; the rest is a loop
 
 // `scale`: the row's place for it, or null where it is 1.
 template <class T>
@@ -68,8 +69,7 @@ void load_quantise() {
 void quantise_and_cache(const CacheWriteParams& p, int64_t num_blocks, Stream stream) {
   const int64_t blocks = (p.num_tokens * p.num_kv_heads * 2 + kWarps - 1) / kWarps;
   const auto run = [&](auto kernel) {
-    launch(kernel, static_cast<int>(blocks < kMaxBlocks ? blocks : kMaxBlocks), 1, 1, kThreads, 0, stream,
-           WriteParams{p, num_blocks});
+    launch(kernel, grid_for(blocks), 1, 1, kThreads, 0, stream, WriteParams{p, num_blocks});
   };
   switch (p.dtype) {
     case DType::f32:

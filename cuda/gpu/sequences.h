@@ -17,8 +17,7 @@ PAGEDCORE_DEVICE void check_sequences(const AttentionParams& p, int64_t first, i
   for (int64_t seq = first; seq < p.num_seqs; seq += count) {
     const int64_t start = p.query_start_loc[seq], end = p.query_start_loc[seq + 1], seq_len = p.seq_lens[seq];
     wrong = wrong || end < start || end > p.num_tokens || seq_len < 0;
-    wrong = wrong || (p.max_query_len > 0 && end - start > p.max_query_len);
-    wrong = wrong || (p.max_seq_len > 0 && seq_len > p.max_seq_len);
+    wrong = wrong || end - start > p.max_query_len || seq_len > p.max_seq_len;
   }
   if (wrong) report(p.faults, DeviceFault::sequence);
 }

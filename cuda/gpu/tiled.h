@@ -69,12 +69,13 @@ TiledKernel instance_for(const AttentionParams& p) {
 
 // Of the kinds of elements that a family has instances for, the one of these parameters.
 using InstanceFor = TiledKernel(const AttentionParams&);
-inline TiledKernel of_its_elements(const AttentionParams& p, InstanceFor f16, InstanceFor bf16, InstanceFor codes) {
-  const TiledKernel of_elements = p.dtype == DType::f16 ? f16(p) : bf16(p);
+inline TiledKernel of_its_elements(const AttentionParams& p, InstanceFor for_f16, InstanceFor for_bf16,
+                                   InstanceFor for_codes) {
+  const TiledKernel of_elements = p.dtype == DType::f16 ? for_f16(p) : for_bf16(p);
   if (p.kv_dtype != DType::e4m3) return of_elements;
   // A plan is made without the cache: work over codes is cut as over elements, for the same grid. As many blocks of
   // theirs run at one time, or more: registers.toml sees to that, and shared memory holds half the bytes.
-  TiledKernel of_codes = codes(p);
+  TiledKernel of_codes = for_codes(p);
   of_codes.grid = of_elements.grid;
   return of_codes;
 }

@@ -17,8 +17,8 @@ namespace pagedcore::shim {
 namespace {
 
 constexpr size_t kPage = 4096;
-constexpr size_t kGuard =
-    size_t{1} << 20;                // unmapped on both sides of an allocation: an index that is a block off lands there
+// Unmapped on both sides of an allocation: an index that is a block off lands there.
+constexpr size_t kGuard = size_t{1} << 20;
 constexpr size_t kAlignment = 256;  // what cudaMalloc promises
 
 struct Mapping {

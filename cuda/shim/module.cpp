@@ -78,6 +78,7 @@ AttentionParams attention_params(const py::dict& fields) {
   p.sinks = pointer<const float>(fields, "sinks");
   p.faults = pointer<uint32_t>(fields, "faults");
   p.split_size = -1;
+  p.max_query_len = p.max_seq_len = INT64_MAX;
 #define PAGEDCORE_FIELD(name) set(p.name, fields, #name)
   PAGEDCORE_FIELD(query_token_stride);
   PAGEDCORE_FIELD(query_head_stride);

@@ -22,12 +22,9 @@ struct AsyncCopy {
   int bytes, valid_bytes;
 };
 
-enum class Wait { none, block_barrier, warp };
-
 struct Thread {
   Fiber fiber;
   int id = 0;
-  Wait wait = Wait::none;
   // Where it waits: the operation's name and line, and for a warp collective its operands and what completes it.
   const char* kind = "";
   int line = 0;
@@ -55,6 +52,7 @@ struct Runtime {
   bool faulted = false;
   std::string message;
   Recording* recording = nullptr;
+  const void* last_stream = nullptr;  // of the last launch
 };
 
 Runtime& runtime() {
@@ -68,14 +66,10 @@ std::string place(const Thread& t) {
          std::to_string(b.z) + ")";
 }
 
-void make_ready(Thread& t) {
-  t.wait = Wait::none;
-  runtime().ready.push_back(t.id);
-}
+void make_ready(const Thread& t) { runtime().ready.push_back(t.id); }
 
-void wait(Wait what, const char* kind, int line) {
+void wait(const char* kind, int line) {
   Thread& t = *runtime().running;
-  t.wait = what;
   t.kind = kind;
   t.line = line;
   t.fiber.suspend();
@@ -99,11 +93,7 @@ void finish_block_barrier(Runtime& r) {
   races::block_barrier();
   r.at_barrier = 0;
   for (int i = 0; i < r.index.threads; ++i) {
-    if (r.threads[i].get() == r.running) {
-      r.threads[i]->wait = Wait::none;
-    } else {
-      make_ready(*r.threads[i]);
-    }
+    if (r.threads[i].get() != r.running) make_ready(*r.threads[i]);
   }
 }
 
@@ -122,11 +112,7 @@ void finish_collective(Runtime& r, int warp) {
   r.running->complete(operands);
   r.at_warp[warp] = 0;
   for (int i = 0; i < kWarpSize; ++i) {
-    if (lanes[i] == r.running) {
-      lanes[i]->wait = Wait::none;
-    } else {
-      make_ready(*lanes[i]);
-    }
+    if (lanes[i] != r.running) make_ready(*lanes[i]);
   }
 }
 
@@ -280,16 +266,10 @@ void run(const LaunchShape& shape, const std::function<void()>& body) {
 
 }  // namespace
 
-namespace {
-
-const void* stream_of_last_launch = nullptr;
-
-}  // namespace
-
-uintptr_t last_stream() { return reinterpret_cast<uintptr_t>(stream_of_last_launch); }
+uintptr_t last_stream() { return reinterpret_cast<uintptr_t>(runtime().last_stream); }
 
 void launch(const LaunchShape& shape, std::function<void()> body) {
-  stream_of_last_launch = shape.stream;
+  runtime().last_stream = shape.stream;
   if (Recording* recording = runtime().recording) {
     recording->launches_.emplace_back(shape, std::move(body));
   } else {
@@ -340,7 +320,7 @@ void sync_threads(int line) {
   if (++r.at_barrier == r.index.threads) {
     finish_block_barrier(r);
   } else {
-    wait(Wait::block_barrier, "sync_threads", line);
+    wait("sync_threads", line);
   }
 }
 
@@ -355,7 +335,7 @@ void collective(const char* kind, int line, void* operands, void (*complete)(voi
   if (++r.at_warp[warp] == kWarpSize) {
     finish_collective(r, warp);
   } else {
-    wait(Wait::warp, kind, line);
+    wait(kind, line);
   }
 }
 

@@ -230,6 +230,7 @@ struct PlanShape {
     p.num_seqs = static_cast<int32_t>(num_seqs);
     p.num_tokens = at_least(0, "num_tokens", num_tokens);
     p.max_query_len = std::min(at_least(0, "max_query_len", max_query_len), num_tokens);
+    p.max_seq_len = INT64_MAX;  // a plan is told of none
     p.dtype = p.kv_dtype = dtype;
   }
 };

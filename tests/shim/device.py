@@ -101,7 +101,7 @@ class Attention:
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
         max_query_len: int | None = None,
-        max_seq_len: int = 0,
+        max_seq_len: int | None = None,
     ) -> None:
         self.device = device
         num_tokens, num_heads, head_dim = batch.query.shape
@@ -140,8 +140,9 @@ class Attention:
             "head_dim": head_dim,
             "v_head_dim": v_head_dim,
             "block_size": block_size,
-            "max_query_len": max_query_len or max([1, *batch.query_start_loc.diff().tolist()]),
-            "max_seq_len": max_seq_len,
+            "max_query_len": max([1, *batch.query_start_loc.diff().tolist()])
+            if max_query_len is None
+            else max_query_len,
             "window": window or 0,
             "scale": head_dim**-0.5,
             "causal": causal,
@@ -151,6 +152,8 @@ class Attention:
         }
         if batch.k_cache.dtype != batch.query.dtype:
             self.fields["kv_dtype"] = "float8_e4m3fn"
+        if max_seq_len is not None:
+            self.fields["max_seq_len"] = max_seq_len
         for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
             if scale is not None:
                 self.fields[name] = (device.upload(scale), *scale_strides(scale))

@@ -10,7 +10,7 @@ import torch
 from device import FAULTS, Attention, Device, check_tiled
 from pagedcore import ops
 from pagedcore.errors import InvalidArgumentError
-from reference import make_batch
+from reference import check, make_batch
 
 if TYPE_CHECKING:
     from reference import Batch
@@ -44,7 +44,9 @@ WRONG_STARTS = [[1, 2, 4], [-3, 2, 4], [0, 2, 5], [0, 600_000_000, 600_000_004]]
 WRONG: list[dict[str, Any]] = [{"query_start_loc": starts} for starts in WRONG_STARTS]
 WRONG += [{"seq_lens": lengths} for lengths in ([-1, 40], [40, -(2**31)])]
 WRONG += [{"query_start_loc": [0, 2, 5], "max_query_len": 100}, {"query_start_loc": [0, 10**9, 2 * 10**9]}]
-WRONG += [{"max_query_len": 1}, {"max_seq_len": 39}]
+WRONG += [
+    {name: most} for name, most in (("max_query_len", 1), ("max_query_len", 0), ("max_seq_len", 39), ("max_seq_len", 0))
+]
 
 
 QUERIES = pytest.mark.parametrize("queries", [[2, 2], [20, 20]], ids=["decode", "mixed"])
@@ -91,8 +93,8 @@ def test_what_a_table_does_not_have(shim: Any, kernel: str) -> None:
     assert flagged(shim, batch, kernel) == {"length"}
 
 
-@pytest.mark.parametrize("split_size", [-1, 0, 64])
-def test_a_length_without_end(plain_shim: Any, split_size: int) -> None:
+@pytest.mark.parametrize(("kernel", "split_size"), [("tiled", -1), ("tiled", 0), ("tiled", 64), ("generic", -1)])
+def test_a_length_without_end(plain_shim: Any, kernel: str, split_size: int) -> None:
     """A length that no table holds, up to the largest: what the table has is attended to, in the time that takes."""
     batch = make_batch([48, 30], [1, 1], dtype=torch.bfloat16)
     batch.block_table = batch.block_table[:, :3].contiguous()
@@ -100,9 +102,24 @@ def test_a_length_without_end(plain_shim: Any, split_size: int) -> None:
     batch.seq_lens[0] = 2**31 - 1
     with Device(plain_shim) as device:
         attention = Attention(device, batch, split_size=split_size)
-        attention.launch("tiled")
+        attention.launch(kernel)
         assert attention.faults() == {"length"}
-        check_tiled(whole, *attention.result())
+        (check if kernel == "generic" else check_tiled)(whole, *attention.result())
+
+
+@KERNELS
+def test_tokens_of_no_sequence(shim: Any, kernel: str) -> None:
+    """Without any sequence there is one start, and no length to read; what lies behind the start is padding."""
+    batch = make_batch([], [], dtype=torch.bfloat16)
+    batch.query = torch.ones(3, *batch.query.shape[1:], dtype=torch.bfloat16)
+    batch.query_start_loc = torch.tensor([1], dtype=torch.int32)
+    with Device(shim) as device:
+        attention = Attention(device, batch)
+        attention.launch(kernel)
+        assert attention.faults() == {"sequence"}
+        out, lse = attention.result()
+    assert (out[1:] == 0).all()
+    assert (lse[1:] == -torch.inf).all()
 
 
 DECODE = ([300, 130], [1, 1])

@@ -18,7 +18,7 @@ struct KeyRange {
 // token. Negative for padding rows (query_len 1, seq_len 0).
 PAGEDCORE_FN int64_t query_position(int64_t seq_len, int64_t query_len, int64_t i) { return seq_len - query_len + i; }
 
-// Keys visible to query `i`. One at a negative position sees nothing.
+// Keys visible to query `i`. Under a causal mask one at a negative position sees nothing.
 PAGEDCORE_FN KeyRange visible_keys(const AttentionParams& p, int64_t seq_len, int64_t query_len, int64_t i) {
   const int64_t position = query_position(seq_len, query_len, i);
   KeyRange range{0, p.causal ? position + 1 : seq_len};
@@ -33,8 +33,8 @@ PAGEDCORE_FN KeyRange visible_keys(const AttentionParams& p, int64_t seq_len, in
                                    int64_t last) {
   const KeyRange a = visible_keys(p, seq_len, query_len, first);
   const KeyRange b = visible_keys(p, seq_len, query_len, last - 1);
-  // Queries before the sequence's first token (query_len > seq_len) see nothing: their range is [0, 0) and does not
-  // widen the union.
+  // Under a causal mask queries before the sequence's first token (query_len > seq_len) see nothing: their range is
+  // [0, 0) and does not widen the union.
   return {a.begin < b.begin ? a.begin : b.begin, b.end};
 }
 

@@ -62,8 +62,8 @@ struct AttentionParams {
   int32_t head_dim;
   int32_t v_head_dim;
   int32_t block_size;
-  int64_t max_query_len;  // what the caller says of query_start_loc and seq_lens; checked, and not used on the CPU
-  int64_t max_seq_len;
+  int64_t max_query_len;  // what the caller says of query_start_loc and seq_lens, INT64_MAX: nothing; checked, and not
+  int64_t max_seq_len;    // used on the CPU
   int64_t window;         // 0: none; W: position i sees j if i - W < j <= i
   int64_t split_size;     // -1: the planner cuts a sequence's keys as it likes; 0: never; n: at multiples of n tokens
   int64_t shared_tokens;  // of a pass of cascade attention: what all sequences begin with; else 0. A GPU's plan is for

@@ -1,4 +1,4 @@
-// How the attention of one call is cut into work items.
+// How the CPU cuts the attention of one call into work items; how a GPU does is in gpu/work.h.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +18,8 @@ struct WorkItem {
   int32_t piece;
   bool packed;  // many rows a KV head: one head only, by the packed kernel
   int64_t key_begin, key_end;
-  int64_t
-      piece_size;  // > 0: process the keys in pieces of this size (aligned to multiples of it) and fold them in order
+  // > 0: process the keys in pieces of this size (aligned to multiples of it) and fold them in order.
+  int64_t piece_size;
 
   int32_t rows(int32_t queries_per_kv_head) const {
     return (query_end - query_begin) * (head_end - head_begin) * queries_per_kv_head;
