@@ -20,6 +20,7 @@
 #include "query.h"
 #include "record.h"
 #include "rows.h"
+#include "scores.h"
 #include "state.h"
 #include "tile.h"
 
@@ -88,11 +89,7 @@ template <int kKeys, int kDim>
 PAGEDCORE_DEVICE void multiply_codes(device::Lane lane, const QueryOfCodes<kDim>& query, device::SharedAddress k_rows,
                                      const float* k_scales, float (&score)[kKeys / 8][4]) {
   using Rows = Tile<kDim, 1>;
-#pragma unroll
-  for (int i = 0; i < kKeys / 8; ++i) {
-#pragma unroll
-    for (int c = 0; c < 4; ++c) score[i][c] = 0.0f;
-  }
+  clear_scores<kKeys>(score);
   const auto row = k_rows + Rows::offset(lane.id / 16 * 8 + lane.id % 8, lane.id / 8 % 2);
 #pragma unroll
   for (int pair = 0; pair < kDim / 32; ++pair) {
@@ -132,22 +129,8 @@ struct CodesState : WarpState<kDim> {
   }
 };
 
-// Brings the sums of rows whose maximum outgrew their reference to it.
-template <int kDim>
-PAGEDCORE_DEVICE void rescale_sums(const float (&top)[2], CodesState<kDim>& state) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    if (top[half] > state.m[half] + kLazyGrowth) {
-      const float reference = ceilf(top[half]);
-      const float factor = power_of_two(state.m[half] - reference);
-      state.m[half] = reference;
-      state.rounded[half] *= factor;
-      state.exact[half] *= factor;
-    }
-  }
-}
-
-// The same for the output. `most`: of each row the largest weight times scale, relative to 2^m.
+// Brings the output of rows whose weights times scales outgrew its reference to them, as rescale does. `most`: of each
+// row the largest weight times scale, relative to 2^m.
 template <int kDim>
 PAGEDCORE_DEVICE void rescale_output(const float (&most)[2], CodesState<kDim>& state) {
   float reference[2];
@@ -162,13 +145,8 @@ PAGEDCORE_DEVICE void rescale_output(const float (&most)[2], CodesState<kDim>& s
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if (reference[half] > state.n[half] + kLazyGrowth) {
-      const float factor = power_of_two(state.n[half] - reference[half]);
+      scale_output(half, power_of_two(state.n[half] - reference[half]), state);
       state.n[half] = reference[half];
-#pragma unroll
-      for (int i = 0; i < kDim / 8; ++i) {
-        state.o[i][half * 2] *= factor;
-        state.o[i][half * 2 + 1] *= factor;
-      }
     }
   }
 }
@@ -191,7 +169,10 @@ PAGEDCORE_DEVICE void fold_codes(device::Lane lane, float (&score)[kKeys / 8][4]
   const float* of_lane = v_scales + lane.id % 4 * 2;
   float top[2];
   largest_scores<kKeys>(score, top);
-  rescale_sums(top, state);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (top[half] > state.m[half] + kLazyGrowth) rescale_sums(half, top[half], state);
+  }
   float most[2] = {0.0f, 0.0f};
   const float m[2] = {finite_max(state.m[0]), finite_max(state.m[1])};
 #pragma unroll
@@ -260,12 +241,7 @@ PAGEDCORE_DEVICE void complete_sums(CodesState<kDim>& state) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     state.rounded[half] += state.exact[half];
-    const float factor = bounded_power_of_two(state.n[half] - finite_max(state.m[half]));
-#pragma unroll
-    for (int i = 0; i < kDim / 8; ++i) {
-      state.o[i][half * 2] *= factor;
-      state.o[i][half * 2 + 1] *= factor;
-    }
+    scale_output(half, bounded_power_of_two(state.n[half] - finite_max(state.m[half])), state);
   }
   complete_sums(static_cast<WarpState<kDim>&>(state));
 }

@@ -14,18 +14,11 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
-#include "codes.h"
-#include "elements.h"
 #include "finish.h"
-#include "load.h"
-#include "query.h"
 #include "record.h"
-#include "rows.h"
-#include "scores.h"
-#include "state.h"
 #include "tiled.h"
+#include "warp_keys.h"
 
 namespace pagedcore::gpu {
 
@@ -35,18 +28,14 @@ struct FewRows {
   static constexpr int kRows = 16;
   static constexpr int kThreads = kThreads_;  // of the block; those past kWarps help to write only
   using Record = gpu::Record<kRows, kDim>;
-  // Above 128 the output takes 96 or 128 registers a thread: two warps, so that a block fits the 99 KB of sm_86 and
-  // sm_89, and Q is read from shared memory at each step instead of being held. The stages are to be chosen by
-  // measurement; three fill 96 KiB at 128, and four of codes 64.
+  // Above 128 two warps, so that a block fits the 99 KB of sm_86 and sm_89. The stages are to be chosen by measurement;
+  // three fill 96 KiB at 128, and four of codes 64.
   static constexpr int kWarps = kDim <= 128 ? 4 : 2;
   static constexpr int kStages = kOfCodes<T> ? 4 : kDim <= 192 ? 3 : 2;
-  static constexpr bool kQueryInShared = kDim > 128;
-  static_assert(!kOfCodes<T> || !kQueryInShared, "codes are multiplied with queries in registers");
-  using Cache = typename Elements<T>::Cache;
-  using Query =
-      std::conditional_t<kOfCodes<T>, QueryOfCodes<kDim>,
-                         std::conditional_t<kQueryInShared, QueryInShared<kDim, T>, QueryInRegisters<kDim, T>>>;
-  using State = std::conditional_t<kOfCodes<T>, CodesState<kDim>, WarpState<kDim>>;
+  static constexpr bool kQueryInShared = Operands<kDim, T>::kQueryInShared;
+  using Cache = typename Operands<kDim, T>::Cache;
+  using Query = typename Operands<kDim, T>::Query;
+  using State = typename Operands<kDim, T>::State;
   static constexpr int kWarpKeys = 16;  // of a stage: the inner size of P V
   static constexpr int kStageKeys = kWarps * kWarpKeys;
   static constexpr int kSideBytes = kWarpKeys * kDim * static_cast<int>(sizeof(Cache));  // K of one warp, or V
@@ -117,16 +106,15 @@ struct FewRows {
       return seen.place_of(params, first_key + stage * kStageKeys + lane.id % kWarpKeys);
     };
     Place place = place_in(0);  // of the stage to load next: a table entry is read a stage before it is needed
+    const auto keys_in = [&](int slot) {
+      const auto k_rows = pipeline + slot * kStageBytes;
+      float* const k_scales = scales + slot * 2 * kWarpKeys;
+      return SharedKeys{k_rows, k_rows + kSideBytes, k_scales, k_scales + kWarpKeys};
+    };
     const auto load = [&](int stage) {
       const int slot = stage % kStages;
       if (stage < stages) {
-        const auto k_rows = pipeline + slot * kStageBytes;
-        const uint32_t found =
-            load_keys<kDim, kWarpKeys, Cache>(p, lane, s.kv_head, place, k_rows, k_rows + kSideBytes);
-        if constexpr (kOfCodes<T>) {
-          float* const k_scales = scales + slot * 2 * kWarpKeys;
-          load_scales<kWarpKeys>(p, lane, s.kv_head, place, k_scales, k_scales + kWarpKeys);
-        }
+        const uint32_t found = load_keys_of<kDim, kWarpKeys, T>(p, lane, s.kv_head, place, keys_in(slot));
         if (lane.id == 0) masks[slot] = found;
         place = place_in(stage + 1);
       }
@@ -139,21 +127,9 @@ struct FewRows {
       device::sync_warp();  // what every lane copied is there for all, and all have read the stage that is filled next
       load(stage + kStages - 1);
       const int slot = stage % kStages;
-      const auto k_rows = pipeline + slot * kStageBytes;
       const uint32_t valid[1] = {masks[slot]};
-      float score[kWarpKeys / 8][4];
-      const float* const k_scales = scales + slot * 2 * kWarpKeys;
-      if constexpr (kOfCodes<T>) {
-        multiply_codes<kWarpKeys>(lane, query, k_rows, k_scales, score);
-      } else {
-        multiply_keys<kWarpKeys>(lane, query, k_rows, score);
-      }
-      finish_scores<kWarpKeys>(params, lane, rows, first_key + stage * kStageKeys, false, valid, score);
-      if constexpr (kOfCodes<T>) {
-        fold_codes<kWarpKeys>(lane, score, k_scales + kWarpKeys, k_rows + kSideBytes, state);
-      } else {
-        fold_keys<kDim, kWarpKeys, T>(lane, score, k_rows + kSideBytes, state);
-      }
+      attend_to<kDim, kWarpKeys, T>(params, lane, rows, first_key + stage * kStageKeys, false, valid, keys_in(slot),
+                                    query, state);
     }
     device::cp_async_wait<0>();
     complete_sums(state);

@@ -12,18 +12,11 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
-#include "codes.h"
-#include "elements.h"
 #include "finish.h"
-#include "load.h"
-#include "query.h"
 #include "record.h"
-#include "rows.h"
-#include "scores.h"
-#include "state.h"
 #include "tiled.h"
+#include "warp_keys.h"
 
 namespace pagedcore::gpu {
 
@@ -35,17 +28,14 @@ struct ManyRows {
   static constexpr int kThreads = kWarps * device::kWarpSize;
   static constexpr int kRows = kWarps * 16;
   using Record = gpu::Record<kRows, kDim>;
-  // Scores of 64 keys take 32 registers a thread. Above 128 the output leaves no room for them, nor for Q; and shared
-  // memory none for more keys.
+  // Scores of 64 keys take 32 registers a thread. Above 128 the output leaves no room for them, and shared memory none
+  // for more keys.
   static constexpr int kKeys = kDim <= 128 ? 64 : 32;
   static constexpr int kStages = kDim <= 96 || kOfCodes<T> ? 3 : 2;
-  static constexpr bool kQueryInShared = kDim > 128;
-  static_assert(!kOfCodes<T> || !kQueryInShared, "codes are multiplied with queries in registers");
-  using Cache = typename Elements<T>::Cache;
-  using Query =
-      std::conditional_t<kOfCodes<T>, QueryOfCodes<kDim>,
-                         std::conditional_t<kQueryInShared, QueryInShared<kDim, T>, QueryInRegisters<kDim, T>>>;
-  using State = std::conditional_t<kOfCodes<T>, CodesState<kDim>, WarpState<kDim>>;
+  static constexpr bool kQueryInShared = Operands<kDim, T>::kQueryInShared;
+  using Cache = typename Operands<kDim, T>::Cache;
+  using Query = typename Operands<kDim, T>::Query;
+  using State = typename Operands<kDim, T>::State;
   static constexpr int kWarpKeys = kKeys / kWarps;  // that a warp copies of a tile
   static constexpr int kRowBytes = kDim * static_cast<int>(sizeof(Cache));
   static constexpr int kSideBytes = kKeys * kRowBytes;  // K of a tile, or V
@@ -102,16 +92,16 @@ struct ManyRows {
       return seen.place_of(params, key + tile * kKeys + lane.warp * kWarpKeys + lane.id % kWarpKeys);
     };
     Place place = place_in(0);  // of the tile to load next: a table entry is read a tile before it is needed
+    const auto keys_in = [&](int slot, int first) {  // from key `first` of a stage on
+      const auto k_rows = stages + slot * 2 * kSideBytes + first * kRowBytes;
+      float* const k_scales = scales + slot * 2 * kKeys + first;
+      return SharedKeys{k_rows, k_rows + kSideBytes, k_scales, k_scales + kKeys};
+    };
     const auto load = [&](int tile) {
       if (tile < tiles) {
         const int slot = tile % kStages;
-        const auto k_rows = stages + slot * 2 * kSideBytes + lane.warp * kWarpKeys * kRowBytes;
         const uint32_t found =
-            load_keys<kDim, kWarpKeys, Cache>(p, lane, s.kv_head, place, k_rows, k_rows + kSideBytes);
-        if constexpr (kOfCodes<T>) {
-          float* const k_scales = scales + slot * 2 * kKeys + lane.warp * kWarpKeys;
-          load_scales<kWarpKeys>(p, lane, s.kv_head, place, k_scales, k_scales + kKeys);
-        }
+            load_keys_of<kDim, kWarpKeys, T>(p, lane, s.kv_head, place, keys_in(slot, lane.warp * kWarpKeys));
         if (lane.id == 0) masks[slot * kWarps + lane.warp] = found;
         place = place_in(tile + 1);
       }
@@ -137,20 +127,7 @@ struct ManyRows {
       bool all_visible = tile_key >= warp.last_begin && tile_key + kKeys <= warp.first_end;
 #pragma unroll
       for (int i = 0; i < kKeys / 32; ++i) all_visible = all_visible && valid[i] == ~0u;
-      const auto k_rows = stages + slot * 2 * kSideBytes;
-      float score[kKeys / 8][4];
-      const float* const k_scales = scales + slot * 2 * kKeys;
-      if constexpr (kOfCodes<T>) {
-        multiply_codes<kKeys>(lane, query, k_rows, k_scales, score);
-      } else {
-        multiply_keys<kKeys>(lane, query, k_rows, score);
-      }
-      finish_scores<kKeys>(params, lane, rows, tile_key, all_visible, valid, score);
-      if constexpr (kOfCodes<T>) {
-        fold_codes<kKeys>(lane, score, k_scales + kKeys, k_rows + kSideBytes, state);
-      } else {
-        fold_keys<kDim, kKeys, T>(lane, score, k_rows + kSideBytes, state);
-      }
+      attend_to<kDim, kKeys, T>(params, lane, rows, tile_key, all_visible, valid, keys_in(slot, 0), query, state);
     }
     device::cp_async_wait<0>();
     complete_sums(state);

@@ -12,6 +12,15 @@
 
 namespace pagedcore::gpu {
 
+template <int kKeys>
+PAGEDCORE_DEVICE void clear_scores(float (&score)[kKeys / 8][4]) {
+#pragma unroll
+  for (int i = 0; i < kKeys / 8; ++i) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) score[i][c] = 0.0f;
+  }
+}
+
 // Q K^T of 16 rows by kKeys keys, as it comes from the product: score[i][c] is key i * 8 + lane % 4 * 2 + c % 2 of row
 // lane / 4 + c / 2 * 8.
 template <int kKeys, class Query>
@@ -19,11 +28,7 @@ PAGEDCORE_DEVICE void multiply_keys(device::Lane lane, const Query& query, devic
                                     float (&score)[kKeys / 8][4]) {
   using T = typename Query::Element;
   using Rows = Tile<Query::kDim>;
-#pragma unroll
-  for (int i = 0; i < kKeys / 8; ++i) {
-#pragma unroll
-    for (int c = 0; c < 4; ++c) score[i][c] = 0.0f;
-  }
+  clear_scores<kKeys>(score);
   const auto row = k_rows + Rows::offset(lane.id / 16 * 8 + lane.id % 8, lane.id / 8 % 2);
 #pragma unroll
   for (int step = 0; step < Query::kDim / 16; ++step) {

@@ -36,6 +36,28 @@ struct WarpState {
   static PAGEDCORE_MEMBER int column(device::Lane lane, int i, int c) { return i * 8 + lane.id % 4 * 2 + c; }
 };
 
+// One of this thread's rows of the output, times a factor.
+template <int kDim>
+PAGEDCORE_DEVICE void scale_output(int half, float factor, WarpState<kDim>& state) {
+#pragma unroll
+  for (int i = 0; i < kDim / 8; ++i) {
+    state.o[i][half * 2] *= factor;
+    state.o[i][half * 2 + 1] *= factor;
+  }
+}
+
+// Brings the sums of one of this thread's rows to its maximum `top`, rounded up; what is relative to the same reference
+// is to be multiplied by what it returns.
+template <int kDim>
+PAGEDCORE_DEVICE float rescale_sums(int half, float top, WarpState<kDim>& state) {
+  const float reference = ceilf(top);
+  const float factor = power_of_two(state.m[half] - reference);
+  state.m[half] = reference;
+  state.rounded[half] *= factor;
+  state.exact[half] *= factor;
+  return factor;
+}
+
 // Brings rows whose maximum outgrew their reference to it. The branch is the warp's; a row that did not outgrow its own
 // is left as it is, so what becomes of a row does not depend on its neighbours.
 template <int kDim>
@@ -45,18 +67,7 @@ PAGEDCORE_DEVICE void rescale(const float (&top)[2], WarpState<kDim>& state) {
   if (device::ballot(grown) == 0) return;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    if (top[half] > state.m[half] + kLazyGrowth) {
-      const float reference = ceilf(top[half]);
-      const float factor = power_of_two(state.m[half] - reference);
-      state.m[half] = reference;
-      state.rounded[half] *= factor;
-      state.exact[half] *= factor;
-#pragma unroll
-      for (int i = 0; i < kDim / 8; ++i) {
-        state.o[i][half * 2] *= factor;
-        state.o[i][half * 2 + 1] *= factor;
-      }
-    }
+    if (top[half] > state.m[half] + kLazyGrowth) scale_output(half, rescale_sums(half, top[half], state), state);
   }
 }
 

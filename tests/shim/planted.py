@@ -103,8 +103,8 @@ MUTANTS = [
     Mutant(
         "wrong stage index",
         "few_rows.h",
-        "const int slot = stage % kStages;\n      const auto",
-        "const int slot = (stage + 1) % kStages;\n      const auto",
+        "const int slot = stage % kStages;\n      const uint32_t valid",
+        "const int slot = (stage + 1) % kStages;\n      const uint32_t valid",
         CUT,
     ),
     Mutant("unmasked tail", "scores.h", "index < end[c / 2]", "index <= end[c / 2]", CUT),
@@ -147,7 +147,7 @@ MUTANTS = [
     Mutant(
         "counter not reset", "finish.h", "if (device::thread_id() == 0) pieces.plan.counters[first] = 0;", "//", LAYERS
     ),
-    Mutant("sum not rescaled", "state.h", "      state.rounded[half] *= factor;\n", "", GROWING),
+    Mutant("sum not rescaled", "state.h", "  state.rounded[half] *= factor;\n", "", GROWING),
     Mutant("rows of the next tile", "rows.h", "s.tile * s.work.rows + r;", "s.tile * (s.work.rows - 1) + r;", GROUPS),
     Mutant(
         "missing sync_warp in the generic kernel",
