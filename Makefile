@@ -89,7 +89,7 @@ test-slow: $(READY) $(MODEL) ## Only the slow Python tests
 .PHONY: test-shim
 test-shim: $(READY) ## The GPU kernels under the host shim (part of `make test`; no GPU needed)
 	$(say) "pytest, shim"
-	@.venv/bin/python -m pytest -m "not slow" tests/shim $(ARGS)
+	@.venv/bin/python -m pytest -m "not slow" tests/shim $(or $(ARGS),$(IN_TWO))
 
 .PHONY: shim-mutants
 shim-mutants: $(READY) ## Plant faults in the GPU kernels one at a time: the shim's tests must catch each (10 minutes on two idle cores)

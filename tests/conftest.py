@@ -21,6 +21,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+# NumPy's products are the oracle's, and small: a second thread of its own would mostly spin. Read when it is imported.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 # Two processes of tests share the cores: threads that have nothing to do leave theirs to the other. Read once too.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
