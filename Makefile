@@ -9,6 +9,8 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 # A fresh rustup may not be on this shell's PATH yet.
 export PATH := $(CURDIR)/.venv/bin:$(PATH):$(HOME)/.cargo/bin
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+# Cargo and Ninja have jobs of their own, whatever --jobs is given to make.
+unexport MAKEFLAGS MFLAGS
 
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 TOOLS := .venv/.tools
