@@ -160,7 +160,7 @@ def test_calls_that_do_not_fit_the_signature() -> None:
         (lambda: _kernels.paged_attention(*args, scala=1.0), "unexpected keyword argument 'scala'"),
         (lambda: _kernels.paged_attention(*args, out=args[6]), "multiple values for argument 'out'"),
         (lambda: _kernels.paged_attention(), "missing required argument: 'query'"),
-        (lambda: _kernels.try_paged_attention(*args), "takes 23 positional arguments but 8 were given"),
+        (lambda: _kernels.try_paged_attention(*args), "takes 24 positional arguments but 8 were given"),
         (lambda: _kernels.try_reshape_and_cache(*args, None), "takes 8 positional arguments but 9 were given"),
     ]:
         with pytest.raises(TypeError, match=message):
