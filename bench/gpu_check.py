@@ -222,12 +222,13 @@ TOOLS = {
     "ninja": Tool(shown_by("ninja")),
     "pybind11": Tool(packaged("pybind11"), (2, 12)),
     "nvcc": Tool(nvcc_version, nvcc.MINIMUM, gpu=True),
+    "numpy": Tool(packaged("numpy")),
     "torch": Tool(packaged("torch"), (2, 11)),
     "pytest": Tool(packaged("pytest"), (8, 2), TESTED),
     "hypothesis": Tool(packaged("hypothesis"), (6, 100), TESTED),
+    "transformers": Tool(packaged("transformers"), modes=("core",)),
     # What is used where it is there.
     "pytest-timeout": Tool(packaged("pytest-timeout"), modes=()),
-    "transformers": Tool(packaged("transformers"), modes=()),
     "cupy": Tool(packaged("cupy-cuda13x"), modes=()),
 }
 
@@ -343,7 +344,11 @@ def install_peers(report: Report) -> Path | None:
     start, log, target = time.monotonic(), WORK / "peers.log", WORK / "peers"
     shutil.rmtree(target, ignore_errors=True)
     install = ["install", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--target", str(target)]
-    code = run([sys.executable, "-m", "pip", "--disable-pip-version-check", *install, *wheels], log, seconds=60)
+    code = run(
+        [sys.executable, "-m", "pip", "--disable-pip-version-check", *install, *wheels],
+        log,
+        seconds=max(report.left(), LEAST_SECONDS),
+    )
     report.add("peers' wheels", "failed" if code else "passed", time.monotonic() - start, f"{len(wheels)} wheels")
     if code:
         print(tail(log), flush=True)
@@ -358,6 +363,8 @@ def bench(report: Report, site: Path, out: Path) -> None:
     from where it was.
     """
     peers = install_peers(report)
+    if report.out_of_time("attention"):
+        return
     paths = [str(site), str(peers or ""), os.environ.get("PYTHONPATH", "")]
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
     environment["FLASHINFER_WORKSPACE_BASE"] = str(WORK)  # what it compiles is kept below
@@ -369,9 +376,11 @@ def bench(report: Report, site: Path, out: Path) -> None:
     more = ["--rehearse"] if report.rehearsal else ["--device", "cuda"]
     while True:
         start = time.monotonic()
-        seconds = max(60.0, report.left())
+        seconds = report.left()
         command = [sys.executable, "-m", "pagedcore.bench", "attention", "--json", str(document), *more]
-        code = run([*command, "--seconds", f"{seconds - 30:.0f}"], log, seconds=seconds, environment=environment)
+        code = run(
+            [*command, "--seconds", f"{max(0.0, seconds - 30):.0f}"], log, seconds=seconds, environment=environment
+        )
         ended = code in (0, 1, 3)  # right, wrong, or a device that can be used no more: its table stands last
         print(log.read_text().rpartition("\n\n")[2] if ended else tail(log), flush=True)
         found = json.loads(document.read_text()) if document.is_file() else {}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,12 +61,15 @@ def main() -> int:
     parser.add_argument("--to", type=Path, default=ROOT / ".gpu-wheels", metavar="FOLDER")
     options = parser.parse_args()
     options.to.mkdir(parents=True, exist_ok=True)
-    for stale in options.to.glob("*.whl"):
-        stale.unlink()
     target = [f"--platform={platform}" for platform in PLATFORMS]
     target += [f"--python-version={options.python}", "--implementation=cp", "--only-binary=:all:", "--no-deps"]
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--dest", str(options.to)]
-    subprocess.run([*pip, *target, *WHEELS], check=True)
+    with tempfile.TemporaryDirectory(dir=options.to) as fresh:  # what is there stays where a download fails
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--dest", fresh]
+        subprocess.run([*pip, *target, *WHEELS], check=True)
+        for stale in options.to.glob("*.whl"):
+            stale.unlink()
+        for wheel in Path(fresh).glob("*.whl"):
+            wheel.replace(options.to / wheel.name)
     wheels = sorted(options.to.glob("*.whl"))
     size = sum(wheel.stat().st_size for wheel in wheels)
     for wheel in wheels:

@@ -41,6 +41,18 @@ def test_without_a_suite_all_of_them_run(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ran == ["one", "two"]
 
 
+def test_what_was_found_is_kept_where_a_result_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def run(session: harness.Session) -> None:
+        session.not_run.append(harness.NotRun("case", "peer", "reason"))
+        raise RuntimeError("wrong")
+
+    monkeypatch.setattr(bench_main, "SUITES", {"one": "one"})
+    monkeypatch.setattr(bench_main.importlib, "import_module", lambda name: SimpleNamespace(run=run))
+    with pytest.raises(RuntimeError, match="wrong"):
+        main(["one", "--json", str(tmp_path / "result.json")])
+    assert json.loads((tmp_path / "result.json").read_text())["not_run"][0]["reason"] == "reason"
+
+
 def test_interleave_counts_rounds() -> None:
     calls: list[str] = []
     times = harness.interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, seconds=0, rounds=3)

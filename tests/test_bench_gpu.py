@@ -373,11 +373,11 @@ def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureF
 
 def test_an_op_that_writes_something_else_is_not_timed() -> None:
     op = cache_gpu.block_ops(20, CPU, 0)[0]
-    slow = bench()
+    run = bench()
     wrong = cache_gpu.Op(op.name, lambda i: None, op.indexing, op.written, op.poison, op.bytes, op.buffers)
-    slow.compare("op", cache_gpu.contenders(wrong), "us", {})
-    assert slow.session.failures == ["op: pagedcore: does not write what torch's indexing writes"]
-    assert not slow.session.results
+    run.compare("op", cache_gpu.contenders(wrong), "us", {})
+    assert run.session.failures == ["op: pagedcore: does not write what torch's indexing writes"]
+    assert not run.session.results
 
 
 def test_the_table_compares_with_the_first() -> None:

@@ -19,7 +19,7 @@ from greedy import Reference
 from models import VOCAB_SIZE, save_tiny_model
 from pagedcore import Engine, SamplingParams, Scheduler, SchedulerConfig, graphs, models, ops, runner, staging
 from pagedcore.attention import AttentionStep, LayerCache, paged_attention_forward
-from pagedcore.devices import choose_device
+from pagedcore.devices import choose_device, runs_on
 from pagedcore.draws import NO_DRAWS
 from pagedcore.errors import InvalidArgumentError, UnsupportedError
 
@@ -328,6 +328,30 @@ def test_without_a_gpu(directory):
     for nonsense in ("gpu", "", 7.5, None):
         with pytest.raises(InvalidArgumentError, match="device is"):
             choose_device(nonsense)
+
+
+def test_a_gpu_that_the_kernels_were_not_built_for(monkeypatch):
+    monkeypatch.setattr("pagedcore.devices.why_no_gpu", lambda: None)
+    monkeypatch.setattr("pagedcore.devices._kernels.gpu_facts", lambda: {"images": "80 89-real 90a-real"})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: [(7, 5), (9, 0)][gpu.index])
+    assert choose_device("auto") == CPU
+    with pytest.raises(UnsupportedError, match=r"device 'cuda': its compute capability is 7\.5, .* for 80 89-real"):
+        choose_device("cuda")
+    assert choose_device("cuda:1") == torch.device("cuda", 1)
+
+
+def test_which_images_a_gpu_runs():
+    gpus = [(7, 5), (8, 0), (8, 6), (9, 0), (10, 0)]
+    runs = {image: [runs_on(gpu, image) for gpu in gpus] for image in ("80", "80-real", "86-virtual", "90a", "native")}
+    assert runs == {
+        "80": [False, True, True, True, True],
+        "80-real": [False, True, True, False, False],
+        "86-virtual": [False, False, True, True, True],
+        "90a": [False, False, False, True, False],
+        "native": [True] * 5,
+    }
 
 
 def test_layers_that_agree_share_a_plan(monkeypatch):

@@ -1,12 +1,13 @@
-"""Memory limits of control groups, in both versions and seen from inside a container."""
+"""What pagedcore reads of the system: limits of control groups, in both versions and inside a container; versions."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 from pathlib import Path
 
 import pytest
-from pagedcore.environment import ControlGroup, available_memory, check, control_groups, total_memory
+from pagedcore.environment import ControlGroup, available_memory, check, control_groups, total_memory, versions
 from pagedcore.errors import InvalidArgumentError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,3 +70,14 @@ def test_a_name_that_nobody_reads():
 
 def test_this_machine():
     assert 0 < available_memory() <= total_memory()
+
+
+def test_cupy_is_found_by_the_name_of_its_wheel(monkeypatch):
+    def version(name):
+        if name != "cupy-cuda13x":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "14.2"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert versions()["cupy"] == "14.2"
+    assert versions()["torch"] is None

@@ -291,6 +291,33 @@ def test_a_benchmark_out_of_time_keeps_what_it_has(
     assert report.steps[-1].detail == "2 figures, 0 not run, 0 wrong; ended by the time limit"
 
 
+def test_a_benchmark_that_there_is_no_time_for(
+    gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check, "run", lambda *arguments, **options: pytest.fail("begun"))
+    monkeypatch.setattr(gpu_check, "WORK", tmp_path)
+    report = gpu_check.Report("bench", True, end=time.monotonic() + 5)
+    gpu_check.bench(report, tmp_path, tmp_path / "out")
+    assert (report.steps[-1].name, report.steps[-1].result) == ("attention", "failed")
+    assert report.steps[-1].detail == "not begun: no time was left"
+
+
+def test_wheels_stay_where_a_download_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheels = script("gpu_wheels")
+    kept = tmp_path / "kept-1.0-py3-none-any.whl"
+    kept.write_text("")
+
+    def download(command: list[str], *, check: bool) -> None:
+        (Path(command[command.index("--dest") + 1]) / "half-1.0-py3-none-any.whl").write_text("")
+        raise subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(subprocess, "run", download)
+    monkeypatch.setattr(sys, "argv", ["gpu_wheels.py", "--to", str(tmp_path)])
+    with pytest.raises(subprocess.CalledProcessError):
+        wheels.main()
+    assert list(tmp_path.iterdir()) == [kept]
+
+
 def test_what_travels_is_counted_whole(tmp_path: Path) -> None:
     """Tracked files and new ones, not ignored ones; the wheels and the compiled core with them."""
     wheels = script("gpu_wheels")

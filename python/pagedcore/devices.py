@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ def choose_device(device: Any) -> torch.device:
     Raises UnsupportedError for a GPU that is not there, or that the kernels were not built for.
     """
     if device == "auto":
-        return torch.device("cpu") if why_no_gpu() else _gpu(torch.cuda.current_device())
+        gpu = None if why_no_gpu() else _gpu(torch.cuda.current_device())
+        return torch.device("cpu") if gpu is None or _no_image_for(gpu) else gpu
     try:
         wanted = torch.device(device)
     except (RuntimeError, TypeError, ValueError) as error:
@@ -35,15 +37,40 @@ def choose_device(device: Any) -> torch.device:
     reason = why_no_gpu() if wanted.type == "cuda" else "there are no kernels for it"
     if reason is None and (wanted.index or 0) >= torch.cuda.device_count():
         reason = f"there are {torch.cuda.device_count()} GPUs"
+    if reason is None:
+        wanted = _gpu(torch.cuda.current_device() if wanted.index is None else wanted.index)
+        reason = _no_image_for(wanted)
     if reason is not None:
         raise UnsupportedError(
             f"device {str(device)!r}: {reason}", argument="device", got=str(device), expected=("auto", "cpu")
         )
-    return _gpu(torch.cuda.current_device() if wanted.index is None else wanted.index)
+    return wanted
 
 
 def _gpu(index: int) -> torch.device:
     return torch.device("cuda", index)
+
+
+def _no_image_for(gpu: torch.device) -> str | None:
+    """What keeps a GPU from running any image of the kernels, in words; None if one runs there."""
+    images, (major, minor) = str(_kernels.gpu_facts()["images"]), torch.cuda.get_device_capability(gpu)
+    if any(runs_on((major, minor), image) for image in images.split()):
+        return None
+    return f"its compute capability is {major}.{minor}, and the kernels were built for {images}"
+
+
+def runs_on(capability: tuple[int, int], image: str) -> bool:
+    """Whether a GPU runs an image, named as CMake does: ``80``, machine code with PTX; ``89-real``, ``90-virtual``, one
+    of them. Machine code is for its generation from there on, PTX for all newer GPUs too; an ``a``, as in ``90a``, is
+    for that GPU alone.
+    """
+    match = re.fullmatch(r"(\d+)(\d)(a?)(-real|-virtual)?", image)
+    if match is None:
+        return True  # "native" and the like: whoever built it knew for what
+    built_for = int(match[1]), int(match[2])
+    if match[3]:
+        return capability == built_for
+    return capability >= built_for and (capability[0] == built_for[0] or match[4] != "-real")
 
 
 def why_no_gpu() -> str | None:

@@ -67,7 +67,7 @@ class Engine:
         max_num_seqs: Sequences that run at once.
         max_num_batched_tokens: Tokens of one step; longer prompts are computed in chunks.
         max_model_len: Tokens of a sequence, prompt and answer. None: what the model has positions for, and the pool
-        blocks.
+            blocks.
         enable_prefix_caching: Keep computed blocks findable for prompts that begin alike.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...; ``"auto"``: a GPU if there is one that can be used, else the
             CPU.

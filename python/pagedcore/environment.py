@@ -1,8 +1,8 @@
 """What pagedcore reads from its surroundings: environment variables, and the facts `pagedcore info` prints.
 
 Every variable is declared here, once, and read nowhere else, but for those of the build and the tests; the kernels ask
-here too. A value that is not understood
-is an error, never a silent default: a typo in an environment variable must not change what a benchmark measures.
+here too. A value that is not understood is an error, never a silent default: a typo in an environment variable must not
+change what a benchmark measures.
 """
 
 from __future__ import annotations
@@ -166,13 +166,19 @@ def versions() -> dict[str, str | None]:
     """Installed versions of pagedcore and of what it works with; None for what is not installed. Imports none of
     them.
     """
-    found: dict[str, str | None] = {}
-    for name in ("pagedcore", "numpy", "torch", "transformers", "tokenizers", "safetensors", "gguf", "cupy"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    names = ("pagedcore", "numpy", "torch", "transformers", "tokenizers", "safetensors", "gguf")
+    return {name: _version(name) for name in names} | {"cupy": next(filter(None, map(_version, _CUPY)), None)}
+
+
+#: CuPy's wheels are named after the CUDA version that they are for.
+_CUPY = ("cupy-cuda13x", "cupy-cuda12x", "cupy")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def describe() -> dict[str, Any]:

@@ -8,15 +8,12 @@ Without the variable the same bodies run on the CPU, except those that need a GP
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 from pagedcore import ops
 from reference import SHARED, check, make_batch, sharing
-
-if TYPE_CHECKING:
-    pass
 
 DEVICE = os.environ.get("PAGEDCORE_TEST_DEVICE", "cpu")
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: PAGEDCORE_TEST_DEVICE=cuda")

@@ -8,13 +8,12 @@ import pytest
 import torch
 from device import Attention, Device, attend, check_tiled
 from reference import make_batch
+from shim_build import CHECKED_HEAD_DIMS, TILED_HEAD_DIMS
 
 if TYPE_CHECKING:
     from reference import Batch
 
 HALVES = [torch.float16, torch.bfloat16]
-DIMS = [64, 80, 96, 112, 128, 192, 256]
-RACE_DIMS = [64, 80, 128]  # that build is three times slower
 
 
 def mixed_batch(**options: Any) -> Batch:
@@ -32,14 +31,14 @@ BATCHES = pytest.mark.parametrize("make", [mixed_batch, prompts_batch], ids=["mi
 
 @BATCHES
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("head_dim", DIMS)
+@pytest.mark.parametrize("head_dim", TILED_HEAD_DIMS)
 def test_head_sizes(plain_shim: Any, make: Any, dtype: torch.dtype, head_dim: int) -> None:
     batch = make(dtype=dtype, head_dim=head_dim)
     check_tiled(batch, *attend(plain_shim, batch, "tiled"))
 
 
 @BATCHES
-@pytest.mark.parametrize("head_dim", RACE_DIMS)
+@pytest.mark.parametrize("head_dim", CHECKED_HEAD_DIMS)
 def test_head_sizes_without_races(race_shim: Any, make: Any, head_dim: int) -> None:
     batch = make(head_dim=head_dim)
     check_tiled(batch, *attend(race_shim, batch, "tiled"))

@@ -35,9 +35,11 @@ def main(argv: list[str] | None = None) -> int:
     names = list(SUITES) if options.suite == "all" else [options.suite]
     suites = [importlib.import_module(SUITES[name]) for name in names]  # first: the environment names what they bring
     session.print_environment()
-    for suite in suites:
-        suite.run(session)
-    session.write_json()
+    try:
+        for suite in suites:
+            suite.run(session)
+    finally:  # a wrong result ends it; what was found until then is kept
+        session.write_json()
     if options.device != "cpu" or options.rehearse:
         session.note("\n" + "\n".join(table(session.results, session.not_run, _MOST_CASES)))
     for failure in session.failures:

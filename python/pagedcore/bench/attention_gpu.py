@@ -20,7 +20,7 @@ from pagedcore.bench.compiling import Background, all_jobs
 from pagedcore.bench.measure import COPY, PRODUCT, Bench, Contender, ContextBroken, Machine, find_machine
 from pagedcore.bench.peers import PEER_GATE, PEERS, CannotRun
 from pagedcore.bench.timing import time_samples
-from pagedcore.layout import KVCache, KVCacheLayout
+from pagedcore.layout import FP8, KVCache, KVCacheLayout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -109,9 +109,7 @@ class Suite:
     def _fp8(self) -> None:
         """Codes beside the 16 bits that they stand for."""
         base = cases.decode(cases.LLAMA_8B, *self.grid.fp8)
-        formats = {
-            "fp8/" + grain: replace(base, kv_format="fp8_e4m3", granularity=grain) for grain in ("tensor", "token")
-        }
+        formats = {"fp8/" + grain: replace(base, kv_format=FP8, granularity=grain) for grain in ("tensor", "token")}
         contenders = {name: self._ours(self._batch(case)) for name, case in (formats | {"bfloat16": base}).items()}
         self.bench.compare("fp8 " + base.name, contenders, "us", dict.fromkeys(formats, ("bfloat16",)))
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from pagedcore.layout import ITEM_SIZES
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 BLOCK_SIZE = 16
-_ITEM_SIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Case:
     @property
     def item_size(self) -> int:
         """Bytes of an element of K or V."""
-        return _ITEM_SIZE[self.dtype] if self.kv_format == "auto" else 1
+        return ITEM_SIZES[self.dtype] if self.kv_format == "auto" else 1
 
     @property
     def kv_bytes(self) -> int:
@@ -85,7 +86,7 @@ class Case:
     @property
     def bytes(self) -> int:
         """The least that must move: K and V read once, the queries read, the output written."""
-        return self.kv_bytes + 2 * self.tokens * self.heads.query * self.heads.dim * _ITEM_SIZE[self.dtype]
+        return self.kv_bytes + 2 * self.tokens * self.heads.query * self.heads.dim * ITEM_SIZES[self.dtype]
 
     @property
     def flops(self) -> int:

@@ -24,7 +24,7 @@ COPY, PRODUCT = "copy", "product"
 _UNITS = {"GB/s": (1e9, COPY), "TFLOP/s": (1e12, PRODUCT)}  # units of a rate in bytes or operations, and its yardstick
 _LEAST_SECONDS = 5.0  # that must be left for a case to be begun
 _LEAST_CALL = 1e-6  # seconds that a launch takes, however little it does
-_PEERS = ("flashinfer-python", "fa3-fwd", "triton")
+_VERSIONS_TOLD = ("flashinfer-python", "fa3-fwd", "triton")
 
 
 class ContextBroken(Exception):  # noqa: N818
@@ -80,7 +80,7 @@ def find_machine(session: Session) -> Machine:
         "memory_bytes": facts.total_memory,
         "cuda": torch.version.cuda,
     }
-    for name in _PEERS:
+    for name in _VERSIONS_TOLD:
         with suppress(importlib.metadata.PackageNotFoundError):
             session.facts[name] = importlib.metadata.version(name)
     return Machine(device, DeviceClock(device), torch.cuda.mem_get_info(device)[0], facts.L2_cache_size)

@@ -42,8 +42,7 @@ class Peer:
     query's elements in its order. ``paged``: it reads pages in a block table's order, as ours does; the others read
     contiguous copies, which a server with pages does not have. ``job``: it compiles kernels when it is first called,
     which this background job does before (`pagedcore.bench.compiling`); ``job_per_heads``: others for each shape of
-    heads. ``slow_start``: it compiles anew for each shape,
-    and runs in a few cases alone.
+    heads. ``slow_start``: it compiles anew for each shape, and runs in a few cases alone.
     """
 
     name: str
