@@ -34,12 +34,14 @@ std::string at(const char* name, int64_t i) { return std::string(name) + "[" + s
 // Only entries that would be read are looked at: the rest of a table may hold anything.
 void check_table_row(const AttentionParams& p, int32_t seq, KeyRange keys) {
   const int32_t* row = table_row(p, seq);
-  const int64_t first = keys.begin / p.block_size, last = (keys.end - 1) / p.block_size;
+  // Positions are int32 as lengths are, and a division of 64 bits takes twice as long.
+  const int32_t first = static_cast<int32_t>(keys.begin) / p.block_size;
+  const int32_t last = static_cast<int32_t>(keys.end - 1) / p.block_size;
   const auto num_blocks = static_cast<uint32_t>(std::min<int64_t>(p.num_blocks, INT32_MAX));
   uint32_t bad = 0;
-  for (int64_t i = first; i <= last; ++i) bad |= static_cast<uint32_t>(row[i]) >= num_blocks;
+  for (int32_t i = first; i <= last; ++i) bad |= static_cast<uint32_t>(row[i]) >= num_blocks;
   if (!bad) return;
-  int64_t i = first;
+  int32_t i = first;
   while (static_cast<uint32_t>(row[i]) < num_blocks) ++i;
   ArgumentError error(
       Fault::block, "block_table", "ids in [0, " + std::to_string(p.num_blocks) + ")",
@@ -127,8 +129,7 @@ void clear_rows(const AttentionParams& p, int64_t first, int64_t last) {
   }
 }
 
-void run_items(const AttentionParams& p, const Isa& isa, const Plan& plan, int num_threads) {
-  thread_local Arena arena;
+void run_items(const AttentionParams& p, const Isa& isa, const Plan& plan, int num_threads, Arena& arena) {
   const int64_t row_cost = static_cast<int64_t>(p.head_dim + p.v_head_dim);
   constexpr int64_t kWorthAThread =
       1 << 20;  // element operations: under this, waking a thread costs more than it saves
@@ -140,16 +141,8 @@ void run_items(const AttentionParams& p, const Isa& isa, const Plan& plan, int n
   const int64_t state_size = align16(state_floats(std::max(plan.stream_rows, plan.packed_rows), stride));
   const int64_t scratch_size = align16(isa.scratch_floats(p, plan.stream_rows, plan.packed_rows));
   const int64_t thread_size = 2 * state_size + scratch_size;  // the second state is for folding pieces within one item
-  int64_t num_partials = 0;
-  for (const Group& group : plan.groups) num_partials += group.num_pieces;
-  float* memory = arena.floats(num_threads * thread_size + num_partials * state_size);
+  float* memory = arena.floats(num_threads * thread_size + plan.num_partials * state_size);
   float* partials = memory + num_threads * thread_size;
-  std::vector<int64_t> partial_base(plan.groups.size());
-  int64_t next = 0;
-  for (size_t g = 0; g < plan.groups.size(); ++g) {
-    partial_base[g] = next;
-    next += plan.groups[g].num_pieces;
-  }
   const std::unique_ptr<std::atomic<int32_t>[]> arrived(
       plan.groups.empty() ? nullptr : new std::atomic<int32_t>[plan.groups.size()]());
 
@@ -157,8 +150,8 @@ void run_items(const AttentionParams& p, const Isa& isa, const Plan& plan, int n
   const auto body = [&](int thread) {
     float* const mine = memory + thread * thread_size;
     float* const scratch = mine + 2 * state_size;
-    for (;;) {
-      const int64_t i = cursor.fetch_add(1, std::memory_order_relaxed);
+    for (int64_t alone = 0;; ++alone) {  // a thread without others needs no locked instruction for each item
+      const int64_t i = num_threads == 1 ? alone : cursor.fetch_add(1, std::memory_order_relaxed);
       if (i >= static_cast<int64_t>(plan.order.size())) return;
       const WorkItem& item = plan.items[static_cast<size_t>(plan.order[static_cast<size_t>(i)])];
       const int64_t rows = item.rows(group_size);
@@ -179,7 +172,7 @@ void run_items(const AttentionParams& p, const Isa& isa, const Plan& plan, int n
         continue;
       }
       const Group& group = plan.groups[static_cast<size_t>(item.group)];
-      float* const base = partials + partial_base[static_cast<size_t>(item.group)] * state_size;
+      float* const base = partials + group.first_partial * state_size;
       isa.attend(p, item, item.key_begin, item.key_end, state_at(base + item.piece * state_size, rows, stride),
                  scratch);
       // The last to arrive sees every piece: its increment acquires what the others released.
@@ -200,9 +193,12 @@ void run_items(const AttentionParams& p, const Isa& isa, const Plan& plan, int n
 void paged_attention(const AttentionParams& p, int num_threads) {
   check_indices(p);
   const Isa& isa = selected_isa();
-  thread_local Plan plan;
-  make_plan(p, isa, num_threads, plan);
-  if (!plan.items.empty()) run_items(p, isa, plan, num_threads);
+  thread_local struct {
+    Plan plan;
+    Arena arena;
+  } kept;
+  make_plan(p, isa, num_threads, kept.plan);
+  if (!kept.plan.items.empty()) run_items(p, isa, kept.plan, num_threads, kept.arena);
   // Query rows past the last sequence are padding: they see no key. Cleared last: all that can fail is behind, so where
   // memory was not to be had nothing was written.
   const int32_t padding = p.query_start_loc[p.num_seqs];

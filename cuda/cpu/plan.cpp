@@ -16,8 +16,8 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Cost of an item: keys times a weight per key. Reading a K and V row costs about as much as eight query rows'
 // arithmetic on it.
-int64_t cost_of(const AttentionParams& p, const WorkItem& item) {
-  const int64_t rows = static_cast<int64_t>(item.query_end - item.query_begin) * (p.num_heads / p.num_kv_heads);
+int64_t cost_of(const WorkItem& item, int32_t group) {
+  const int64_t rows = static_cast<int64_t>(item.query_end - item.query_begin) * group;
   return (item.key_end - item.key_begin) * (item.head_end - item.head_begin) * (8 + rows);
 }
 
@@ -26,7 +26,6 @@ void append_split(const WorkItem& whole, int64_t piece, Plan& plan) {
   item.group = static_cast<int32_t>(plan.groups.size());
   item.piece = 0;
   item.piece_size = 0;
-  const auto first = static_cast<int32_t>(plan.items.size());
   // Pieces end at absolute multiples of their size, so that they do not depend on where a window begins.
   for (int64_t begin = whole.key_begin; begin < whole.key_end; ++item.piece) {
     const int64_t end = std::min(whole.key_end, (begin / piece + 1) * piece);
@@ -35,7 +34,8 @@ void append_split(const WorkItem& whole, int64_t piece, Plan& plan) {
     plan.items.push_back(item);
     begin = end;
   }
-  plan.groups.push_back({first, item.piece});
+  plan.groups.push_back({plan.num_partials, item.piece});
+  plan.num_partials += item.piece;
 }
 
 }  // namespace
@@ -44,8 +44,7 @@ void make_plan(const AttentionParams& p, const Isa& isa, int num_threads, Plan& 
   plan.items.clear();
   plan.order.clear();
   plan.groups.clear();
-  plan.stream_rows = plan.packed_rows = 0;
-  plan.cost = 0;
+  plan.num_partials = plan.stream_rows = plan.packed_rows = plan.cost = 0;
   const int32_t group = p.num_heads / p.num_kv_heads;
 
   std::vector<WorkItem>& wholes = plan.wholes;
@@ -64,13 +63,12 @@ void make_plan(const AttentionParams& p, const Isa& isa, int num_threads, Plan& 
             seq, query, query_end, head, head + heads, -1, 0, packed, keys.begin, std::max(keys.begin, keys.end), 0};
         int64_t& most = packed ? plan.packed_rows : plan.stream_rows;
         most = std::max<int64_t>(most, item.rows(group));
-        plan.cost += cost_of(p, item);
+        plan.cost += cost_of(item, group);
         wholes.push_back(item);
       }
     }
   }
 
-  const int64_t limit = std::max<int64_t>(1, plan.cost / (static_cast<int64_t>(num_threads) * kItemsPerThread));
   const bool distribute = num_threads > 1 && wholes.size() < static_cast<size_t>(num_threads) * kItemsPerThread;
   for (WorkItem& item : wholes) {
     const int64_t keys = item.key_end - item.key_begin;
@@ -85,7 +83,8 @@ void make_plan(const AttentionParams& p, const Isa& isa, int num_threads, Plan& 
       }
       item.piece_size = pieces > 1 ? p.split_size : 0;
     } else if (p.split_size < 0 && num_threads > 1 && keys > kMinPiece) {
-      const int64_t pieces = std::min(ceil_div(cost_of(p, item), limit), keys / kMinPiece);
+      const int64_t limit = std::max<int64_t>(1, plan.cost / (static_cast<int64_t>(num_threads) * kItemsPerThread));
+      const int64_t pieces = std::min(ceil_div(cost_of(item, group), limit), keys / kMinPiece);
       if (pieces > 1) {
         append_split(item, ceil_div(ceil_div(keys, pieces), kPieceAlign) * kPieceAlign, plan);
         continue;
@@ -97,7 +96,7 @@ void make_plan(const AttentionParams& p, const Isa& isa, int num_threads, Plan& 
   plan.order.resize(plan.items.size());
   for (size_t i = 0; i < plan.order.size(); ++i) plan.order[i] = static_cast<int32_t>(i);
   const auto dearer = [&](int32_t a, int32_t b) {
-    return cost_of(p, plan.items[static_cast<size_t>(a)]) > cost_of(p, plan.items[static_cast<size_t>(b)]);
+    return cost_of(plan.items[static_cast<size_t>(a)], group) > cost_of(plan.items[static_cast<size_t>(b)], group);
   };
   // Equal items stay in order (their pages may be neighbours), and a batch of them needs no sorting at all.
   if (!std::is_sorted(plan.order.begin(), plan.order.end(), dearer)) {

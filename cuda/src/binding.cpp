@@ -53,11 +53,12 @@ void require_isa() {
 DType require_caches(const Tensor& k, const Tensor& v, const Tensor& rows) {
   const auto quantised = [](const Tensor& t) { return t.dtype == DType::u8 || t.dtype == DType::e4m3; };
   if (quantised(k) && quantised(v)) return DType::e4m3;
-  const std::string hint = quantised(k) != quantised(v)
-                               ? "keep both K and V as codes, or neither"
-                               : std::string("cast ") + rows.name + ", or allocate the caches in its dtype";
   for (const Tensor* cache : {&k, &v}) {
-    if (cache->dtype != rows.dtype) require_same_dtype(*cache, rows, hint);
+    if (cache->dtype == rows.dtype) continue;
+    require_same_dtype(*cache, rows,
+                       quantised(k) != quantised(v)
+                           ? "keep both K and V as codes, or neither"
+                           : std::string("cast ") + rows.name + ", or allocate the caches in its dtype");
   }
   return rows.dtype;
 }

@@ -35,7 +35,6 @@ inline constexpr std::initializer_list<DType> kCaches = {DType::f32, DType::f16,
 
 [[noreturn]] void refuse(const char* argument, std::string expected, std::string got);
 
-inline bool given(PyObject* value) { return value && value != Py_None; }
 inline Pages pages_of(const Tensor& t) { return {t.data, t.strides[0], t.strides[1], t.strides[2]}; }
 
 // What attention has beside its ops.

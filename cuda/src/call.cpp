@@ -93,8 +93,7 @@ void set_python_error() {
   }
 }
 
-std::optional<int64_t> optional_int(const char* name, PyObject* value) {
-  if (!value || value == Py_None) return std::nullopt;
+int64_t int_or_refuse(const char* name, PyObject* value) {
   constexpr const char* kExpected = "an int or None";
   const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(value));
   if (!index) wrong_scalar(name, kExpected, value);
@@ -104,8 +103,7 @@ std::optional<int64_t> optional_int(const char* name, PyObject* value) {
   return result;
 }
 
-std::optional<double> optional_float(const char* name, PyObject* value) {
-  if (!value || value == Py_None) return std::nullopt;
+double float_or_refuse(const char* name, PyObject* value) {
   const double result = PyFloat_AsDouble(value);
   if (result == -1.0 && PyErr_Occurred()) wrong_scalar(name, "a float or None", value);
   return result;

@@ -92,10 +92,18 @@ PyObject* entry_by_position(PyObject*, PyObject* const* arguments, Py_ssize_t co
   }
 }
 
-// An int; what has __index__ counts as one. Absent and None are nullopt.
-std::optional<int64_t> optional_int(const char* name, PyObject* value);
+inline bool given(PyObject* value) { return value && value != Py_None; }
+
+// An int; what has __index__ counts as one. Absent and None are nullopt, which most scalars of a call are.
+int64_t int_or_refuse(const char* name, PyObject* value);
+inline std::optional<int64_t> optional_int(const char* name, PyObject* value) {
+  return given(value) ? std::optional(int_or_refuse(name, value)) : std::nullopt;
+}
 // A float; what has __float__ or __index__ counts as one. Absent and None are nullopt.
-std::optional<double> optional_float(const char* name, PyObject* value);
+double float_or_refuse(const char* name, PyObject* value);
+inline std::optional<double> optional_float(const char* name, PyObject* value) {
+  return given(value) ? std::optional(float_or_refuse(name, value)) : std::nullopt;
+}
 // A bool, or what equals one: NumPy's and torch's, 0 and 1.
 bool bool_or(bool absent, const char* name, PyObject* value);
 

@@ -62,6 +62,13 @@ constexpr auto kNoType = static_cast<dlpack::TypeCode>(255);
 constexpr std::initializer_list<DType> kAllDTypes = {DType::f32, DType::f16, DType::bf16, DType::e4m3,
                                                      DType::i32, DType::i64, DType::u8};
 
+bool is_one_of(DType dtype, std::initializer_list<DType> dtypes) {
+  for (const DType each : dtypes) {
+    if (each == dtype) return true;
+  }
+  return false;
+}
+
 // Such as "float32, float16 or bfloat16".
 std::string dtype_names(std::initializer_list<DType> dtypes) {
   std::string names;
@@ -89,9 +96,9 @@ Tensor::Tensor(const char* name, py::handle object, std::initializer_list<DType>
                         "a tensor (torch, NumPy, CuPy, or any with DLPack's C exchange API or the buffer protocol)",
                         Py_TYPE(object.ptr())->tp_name);
   }
-  if (allowed.size() != 0 && std::find(allowed.begin(), allowed.end(), dtype) == allowed.end())
-    refuse_dtype(dtype_name(dtype));
-  require_memory();
+  if (allowed.size() != 0 && !is_one_of(dtype, allowed)) refuse_dtype(dtype_name(dtype));
+  const bool aligned = (reinterpret_cast<uintptr_t>(data) & static_cast<uintptr_t>(element_size - 1)) == 0;
+  if ((!data || !aligned) && !empty()) refuse_memory();
 }
 
 bool Tensor::empty() const {
@@ -102,15 +109,12 @@ bool Tensor::empty() const {
 }
 
 // A torch tensor may have given its storage up, and a NumPy array may begin in the middle of an element.
-void Tensor::require_memory() const {
-  if (empty()) return;
+void Tensor::refuse_memory() const {
   if (!data)
     throw ArgumentError(Fault::invalid_argument, name, "a tensor with memory behind it", "one without storage");
-  if ((reinterpret_cast<uintptr_t>(data) & static_cast<uintptr_t>(element_size - 1)) != 0) {
-    throw ArgumentError(Fault::invalid_argument, name,
-                        "memory aligned to its element size, " + std::to_string(element_size) + " bytes",
-                        "misaligned memory");
-  }
+  throw ArgumentError(Fault::invalid_argument, name,
+                      "memory aligned to its element size, " + std::to_string(element_size) + " bytes",
+                      "misaligned memory");
 }
 
 void Tensor::set_device(int32_t type, int32_t id) {
@@ -179,27 +183,34 @@ void Tensor::refuse_dtype(const std::string& shown) const {
   throw error;
 }
 
+// The exchange API's own error, if it left one, is part of the message.
+void Tensor::refuse_view() const {
+  std::string reason = "one that DLPack cannot show";
+  if (PyErr_Occurred()) {
+    const py::error_already_set error;
+    const std::string text = error.what();  // some libraries add their stack
+    reason += " (" + text.substr(0, text.find('\n')) + ")";
+  }
+  throw ArgumentError(Fault::invalid_argument, name,
+                      "a dense tensor with memory of its own (as inside torch.func's transforms, such as vmap and "
+                      "grad, and on device 'meta' there is none)",
+                      reason);
+}
+
+void Tensor::refuse_rank(int given) const {
+  throw ArgumentError(Fault::invalid_argument, name, "at most " + std::to_string(kMaxDims) + " dimensions",
+                      std::to_string(given));
+}
+
 bool Tensor::from_exchange_api(py::handle object) {
   const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(object.ptr()));
   if (!api) return false;
   dlpack::Tensor view{};
-  if (api->view(object.ptr(), &view) != 0) {
-    std::string reason = "one that DLPack cannot show";
-    if (PyErr_Occurred()) {
-      const py::error_already_set error;
-      const std::string text = error.what();  // some libraries add their stack
-      reason += " (" + text.substr(0, text.find('\n')) + ")";
-    }
-    throw ArgumentError(Fault::invalid_argument, name,
-                        "a dense tensor with memory of its own (as inside torch.func's transforms, such as vmap and "
-                        "grad, and on device 'meta' there is none)",
-                        reason);
-  }
+  if (api->view(object.ptr(), &view) != 0) refuse_view();
   source = Source::exchange_api;
   exchange = api;
   set_device(view.device.type, view.device.id);
-  if (view.ndim > kMaxDims)
-    throw ArgumentError(Fault::invalid_argument, name, "at most 6 dimensions", std::to_string(view.ndim));
+  if (view.ndim > kMaxDims) refuse_rank(view.ndim);
   if (view.dtype.lanes != 1) throw ArgumentError(Fault::invalid_argument, name, "a scalar dtype", "a vector dtype");
   if (!set_dtype(view.dtype.code, view.dtype.bits)) refuse_dtype(type_name(view.dtype.code, view.dtype.bits));
   data = static_cast<char*>(view.data) + view.byte_offset;
@@ -234,8 +245,7 @@ bool Tensor::from_buffer(py::handle object) {
   const int bits = static_cast<int>(view.itemsize) * 8;
   if (!set_dtype(code, bits))
     refuse_dtype(code == kNoType ? std::string("buffer format '") + view.format + "'" : type_name(code, bits));
-  if (view.ndim > kMaxDims)
-    throw ArgumentError(Fault::invalid_argument, name, "at most 6 dimensions", std::to_string(view.ndim));
+  if (view.ndim > kMaxDims) refuse_rank(view.ndim);
   data = static_cast<char*>(view.buf);
   ndim = view.ndim;
   int64_t dense = view.itemsize;
@@ -340,8 +350,7 @@ bool Tensor::from_attributes(py::handle object) {
 
 void Tensor::set_layout(py::handle given_shape, py::handle byte_strides) {
   const py::tuple sizes{py::reinterpret_borrow<py::object>(given_shape)};
-  if (sizes.size() > kMaxDims)
-    throw ArgumentError(Fault::invalid_argument, name, "at most 6 dimensions", std::to_string(sizes.size()));
+  if (sizes.size() > kMaxDims) refuse_rank(static_cast<int>(sizes.size()));
   ndim = static_cast<int>(sizes.size());
   int64_t dense = 1;
   for (int i = ndim - 1; i >= 0; --i) {
@@ -375,26 +384,33 @@ const char* axis_name(Axis axis) {
 
 }  // namespace
 
+void Sizes::refuse_rank(const Tensor& tensor, std::initializer_list<Axis> axes) const {
+  std::string expected = "[";
+  for (const Axis axis : axes) expected += (expected.size() > 1 ? ", " : "") + std::string(axis_name(axis));
+  throw ArgumentError(Fault::invalid_argument, tensor.name, "shape " + expected + "]", shape_text(tensor));
+}
+
+void Sizes::refuse_size(const Tensor& tensor, Axis axis, size_t place) const {
+  throw ArgumentError(Fault::invalid_argument, tensor.name,
+                      std::string(axis_name(axis)) + " = " + std::to_string((*this)[axis]) + " on axis " +
+                          std::to_string(place) + " (as " + owners_[static_cast<size_t>(axis)] + " has)",
+                      "shape " + shape_text(tensor));
+}
+
 void Sizes::match(const Tensor& tensor, std::initializer_list<Axis> axes, Strides strides) {
-  if (tensor.ndim != static_cast<int>(axes.size())) {
-    std::string expected = "[";
-    for (const Axis axis : axes) expected += (expected.size() > 1 ? ", " : "") + std::string(axis_name(axis));
-    throw ArgumentError(Fault::invalid_argument, tensor.name, "shape " + expected + "]", shape_text(tensor));
-  }
-  size_t i = 0;
+  if (tensor.ndim != static_cast<int>(axes.size())) refuse_rank(tensor, axes);
+  size_t place = 0;
   for (const Axis axis : axes) {
-    int64_t& known = sizes_[static_cast<size_t>(axis)];
-    const char*& owner = owners_[static_cast<size_t>(axis)];
-    const int64_t size = tensor.shape[i++];
-    if (!owner) {
-      known = size;
-      owner = tensor.name;
-    } else if (known != size) {
-      throw ArgumentError(Fault::invalid_argument, tensor.name,
-                          std::string(axis_name(axis)) + " = " + std::to_string(known) + " on axis " +
-                              std::to_string(i - 1) + " (as " + owner + " has)",
-                          "shape " + shape_text(tensor));
+    const auto index = static_cast<size_t>(axis);
+    const int64_t size = tensor.shape[place];
+    if (!known(axis)) {
+      known_ |= 1u << index;
+      sizes_[index] = size;
+      owners_[index] = tensor.name;
+    } else if (sizes_[index] != size) {
+      refuse_size(tensor, axis, place);
     }
+    ++place;
   }
   if (strides == Strides::any) return;
   const auto last = static_cast<size_t>(tensor.ndim - 1);
@@ -424,7 +440,7 @@ const char* dtype_name(DType dtype) {
 }
 
 void require_dtype(const Tensor& tensor, std::initializer_list<DType> allowed) {
-  if (std::find(allowed.begin(), allowed.end(), tensor.dtype) != allowed.end()) return;
+  if (is_one_of(tensor.dtype, allowed)) return;
   throw ArgumentError(Fault::invalid_argument, tensor.name, "dtype " + dtype_names(allowed), dtype_name(tensor.dtype));
 }
 

@@ -42,8 +42,9 @@ class Tensor {
   DType dtype = DType::f32;
   int element_size = 0;
   int ndim = 0;
-  std::array<int64_t, kMaxDims> shape{};
-  std::array<int64_t, kMaxDims> strides{};  // in elements
+  // The first `ndim` of each are set; the rest is left as the memory was.
+  std::array<int64_t, kMaxDims> shape;
+  std::array<int64_t, kMaxDims> strides;  // in elements
   bool read_only = false;
   Device device;
   Source source = Source::buffer;
@@ -68,8 +69,10 @@ class Tensor {
   bool set_dtype(uint8_t code, int bits);
   static std::string type_name(uint8_t code, int bits);
   [[noreturn]] void refuse_dtype(const std::string& shown) const;
+  [[noreturn]] void refuse_view() const;
+  [[noreturn]] void refuse_memory() const;
+  [[noreturn]] void refuse_rank(int given) const;
   void set_device(int32_t type, int32_t id);
-  void require_memory() const;
 
   // A member of its own, so that a constructor that throws half-way gives the buffer back too.
   struct Buffer {
@@ -115,12 +118,18 @@ class Sizes {
   enum class Strides : uint8_t { last_contiguous, any };
   void match(const Tensor& tensor, std::initializer_list<Axis> axes, Strides strides = Strides::last_contiguous);
   // 0 for an axis that no tensor had.
-  int64_t operator[](Axis axis) const { return sizes_[static_cast<size_t>(axis)]; }
+  int64_t operator[](Axis axis) const { return known(axis) ? sizes_[static_cast<size_t>(axis)] : 0; }
 
  private:
+  bool known(Axis axis) const { return known_ >> static_cast<unsigned>(axis) & 1u; }
+  [[noreturn]] void refuse_rank(const Tensor& tensor, std::initializer_list<Axis> axes) const;
+  [[noreturn]] void refuse_size(const Tensor& tensor, Axis axis, size_t place) const;
+
   static constexpr size_t kNumAxes = static_cast<size_t>(Axis::elements) + 1;
-  std::array<int64_t, kNumAxes> sizes_{};
-  std::array<const char*, kNumAxes> owners_{};
+  uint32_t known_ = 0;  // a bit an axis: those whose size and owner are set
+  std::array<int64_t, kNumAxes> sizes_;
+  std::array<const char*, kNumAxes> owners_;
+  static_assert(kNumAxes <= 32, "a bit for every axis");
 };
 
 const char* dtype_name(DType dtype);

@@ -18,7 +18,9 @@ bool any_torch_subclass(PyObject* const* objects, Py_ssize_t count) {
   if (!torch_tensor) return false;
   for (Py_ssize_t i = 0; i < count; ++i) {
     PyTypeObject* const type = Py_TYPE(objects[i]);
-    if (type == torch_tensor || type == torch_parameter || objects[i] == Py_None) continue;
+    if (type == torch_tensor || type == torch_parameter) continue;
+    // A static type cannot derive from torch's: so None, numbers and NumPy's arrays are told by a flag.
+    if (!PyType_HasFeature(type, Py_TPFLAGS_HEAPTYPE)) continue;
     if (PyType_IsSubtype(type, torch_tensor)) return true;
   }
   return false;
