@@ -56,13 +56,17 @@ def described_schema(name: str) -> list[tuple[str, bool, bool]]:
     return [(a.name, not a.kwarg_only, a.has_default_value()) for a in schema.arguments]
 
 
+# What only the passes of a cascade have, which call the kernels themselves: torch's operators are without.
+OF_PASSES = {name: [("shared_tokens", False, True)] for name in ("paged_attention", "plan_attention")}
+
+
 @pytest.mark.parametrize("name", sorted(pagedcore.torch.OPERATORS))
 def test_arguments_are_the_same_everywhere(name: str) -> None:
     """The signature as text, the stub and torch's schema; and what the kernel really takes."""
     kernel = getattr(_kernels, name)
     arguments = described(inspect.signature(kernel))
     assert described_stub(name) == arguments
-    assert described_schema(name) == arguments
+    assert described_schema(name) + OF_PASSES.get(name, []) == arguments
     names, by_position = [a[0] for a in arguments], [a for a in arguments if a[1]]
     required = [n for n, _, optional in arguments if not optional]
     with pytest.raises(TypeError, match=rf"takes {len(by_position)} positional arguments"):
@@ -72,6 +76,11 @@ def test_arguments_are_the_same_everywhere(name: str) -> None:
             kernel(**dict.fromkeys(n for n in names if n != missing))
     with pytest.raises(TypeError, match=r"expected a (tensor|str)|not iterable"):  # the optional ones are
         kernel(**dict.fromkeys(required))
+
+
+@pytest.mark.parametrize("name", sorted(pagedcore.torch.COMPOSED))
+def test_arguments_of_composed_operators_are_those_of_their_functions(name: str) -> None:
+    assert described_schema(name) == described(inspect.signature(pagedcore.torch.COMPOSED[name][1]))
 
 
 def test_opcheck_paged_attention() -> None:
@@ -182,9 +191,8 @@ def test_fake_tensors_of_a_gpu_pass_without_one() -> None:
 
 
 def test_dispatcher_is_asked_only_when_needed() -> None:
-    assert not pagedcore.torch.needs_dispatcher(torch.empty(1))
-    assert not pagedcore.torch.needs_dispatcher(torch.nn.Parameter(torch.empty(1)))
-    assert not pagedcore.torch.needs_dispatcher(object(), None, np.ones(2))
+    assert not ops.any_subclass(torch.empty(1), torch.nn.Parameter(torch.empty(1)), object(), None, np.ones(2))
+    assert ops.any_subclass(None, torch.empty(1).as_subclass(Traced))
 
 
 class Traced(torch.Tensor):
@@ -290,7 +298,21 @@ def test_fakes_of_cache_ops_refuse_too() -> None:
         slots, pairs = torch.empty(3, dtype=torch.int64), torch.empty(2, 2, dtype=torch.int32)
         ops.reshape_and_cache(key, key, cache, cache, slots)
         ops.copy_blocks([cache], pairs)
+        rows, lse = torch.empty(3, 4, 16), torch.empty(3, 4)
+        state = (rows, lse, rows, lse)
+        ops.merge_states(*state, out=rows, lse=lse)
+        lens, starts, plan = pairs[0], torch.empty(3, dtype=torch.int32), torch.empty(9, dtype=torch.uint8)
+        step = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "max_query_len": 1, "out": plan}
+        shared = {"num_shared_blocks": 1, "block_size": 4}
+        ops.plan_attention(lens, starts, **step)
+        ops.plan_cascade(lens, starts, **step, **shared)
         for call in (
+            lambda: ops.merge_states(*state, out=rows[:2]),
+            lambda: ops.merge_states(*state, out=rows.half()),
+            lambda: ops.merge_states(*state, lse=lse[:, :3]),
+            lambda: ops.plan_attention(lens, starts[:2], **step),
+            lambda: ops.plan_attention(lens.long(), starts, **step),
+            lambda: ops.plan_cascade(lens, starts[:2], **step, **shared),
             lambda: ops.reshape_and_cache(key, key[:2], cache, cache, slots),
             lambda: ops.reshape_and_cache(key, key, cache, cache, slots.int()),
             lambda: ops.copy_blocks([cache], pairs[:, :1]),

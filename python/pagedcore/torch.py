@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _LIBRARY = torch.library.Library("pagedcore", "DEF")
 
-OPERATORS = {  # by name, their schemas
+OPERATORS = {  # by name, the schemas of those that are one kernel each
     "reshape_and_cache": (
         "(Tensor key, Tensor value, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping, *,"
         " Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None, int? num_threads=None)"
@@ -37,13 +37,12 @@ OPERATORS = {  # by name, their schemas
         " Tensor(a!) out, Tensor(b!)? lse=None, *, float? scale=None, bool causal=True, int? window=None,"
         " float softcap=0.0, Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? k_scale=None,"
         " Tensor? v_scale=None, int? max_query_len=None, int? max_seq_len=None, Tensor? block_table_rows=None,"
-        " int? split_size=None, Tensor? plan=None, Tensor(c!)? workspace=None, int? num_threads=None,"
-        " int? shared_tokens=None)"
+        " int? split_size=None, Tensor? plan=None, Tensor(c!)? workspace=None, int? num_threads=None)"
     ),
     "plan_attention": (
         "(Tensor seq_lens, Tensor query_start_loc, Tensor(a!) out, *, int num_heads, int num_kv_heads, int head_dim,"
         " int v_head_dim, int num_tokens, int max_query_len, str dtype, int? window=None, bool causal=True,"
-        " int? split_size=None, int? shared_tokens=None)"
+        " int? split_size=None)"
     ),
     "merge_states": (
         "(Tensor o_a, Tensor lse_a, Tensor o_b, Tensor lse_b, Tensor(a!) out, Tensor(b!) lse, Tensor? sinks=None, *,"
@@ -56,19 +55,27 @@ OPERATORS = {  # by name, their schemas
     "update_block_table": "(Tensor(a!) table, Tensor updates)",
 }
 
-
-# Made of the others, and one operator all the same: what a call's indices hold is checked when it runs.
-CASCADE = (
-    "(Tensor query, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, Tensor query_start_loc,"
-    " Tensor(a!) out, Tensor(b!)? lse=None, *, int num_shared_blocks, float? scale=None, bool causal=True,"
-    " float softcap=0.0, Tensor? sinks=None, Tensor? k_scale=None, Tensor? v_scale=None, int? max_query_len=None,"
-    " int? max_seq_len=None, Tensor? block_table_rows=None, Tensor? plan=None, Tensor(c!)? workspace=None,"
-    " int? num_threads=None)"
-)
-PLAN_CASCADE = (
-    "(Tensor seq_lens, Tensor query_start_loc, Tensor(a!) out, *, int shared_tokens, int num_heads, int num_kv_heads,"
-    " int head_dim, int v_head_dim, int num_tokens, int max_query_len, str dtype, bool causal=True)"
-)
+# Made of the others, and one operator each all the same: what a call's indices hold is checked when it runs.
+COMPOSED: dict[str, tuple[str, Callable[..., None]]] = {  # by name, schema and function
+    "cascade_attention": (
+        (
+            "(Tensor query, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens,"
+            " Tensor query_start_loc, Tensor(a!) out, Tensor(b!)? lse=None, *, int num_shared_blocks,"
+            " float? scale=None, bool causal=True, float softcap=0.0, Tensor? sinks=None, Tensor? k_scale=None,"
+            " Tensor? v_scale=None, int? max_query_len=None, int? max_seq_len=None, Tensor? block_table_rows=None,"
+            " Tensor? plan=None, Tensor(c!)? workspace=None, int? num_threads=None)"
+        ),
+        attend_in_parts,
+    ),
+    "plan_cascade": (
+        (
+            "(Tensor seq_lens, Tensor query_start_loc, Tensor(a!) out, *, int shared_tokens, int num_heads,"
+            " int num_kv_heads, int head_dim, int v_head_dim, int num_tokens, int max_query_len, str dtype,"
+            " bool causal=True)"
+        ),
+        write_plan,
+    ),
+}
 
 
 # What can be checked of a call without its data: dtypes, and the names of axes, each of which has one size in a call.
@@ -142,9 +149,10 @@ def _check_call(tensors: dict[str, Any]) -> None:
             kind = tensor.dtype
         else:
             _require(tensor.dtype == kind, name, f"dtype {kind}", tensor.dtype)
-    if "query" in tensors:
+    if "query_start_loc" in tensors:
         starts = sizes["num_seqs + 1"]
         _require(starts == sizes["num_seqs"] + 1, "query_start_loc", "one entry more than seq_lens has", starts)
+    if "query" in tensors:
         heads, kv_heads = sizes["num_heads"], sizes["num_kv_heads"]
         _require(heads % kv_heads == 0, "query", f"num_heads that is a multiple of num_kv_heads = {kv_heads}", heads)
 
@@ -157,7 +165,7 @@ def _fake(names: list[str]) -> Callable[..., None]:
         for cache in given.get("caches", ()):
             _require(cache.ndim >= 2, "kv", "[num_blocks, ...]", f"{cache.ndim} dimension(s)")
         # A plan and a staging buffer are bytes, whatever their shape.
-        known = _AXES.keys() if "query" in given else _AXES.keys() - {"out"}
+        known = _AXES.keys() if given.keys() & {"query", "o_a"} else _AXES.keys() - {"out"}
         _check_call({name: tensor for name, tensor in given.items() if name in known and tensor is not None})
 
     return check
@@ -166,8 +174,8 @@ def _fake(names: list[str]) -> Callable[..., None]:
 def _register() -> None:
     for name, schema in OPERATORS.items():
         _register_one(name, schema, getattr(_kernels, name))
-    _register_one("cascade_attention", CASCADE, attend_in_parts)
-    _register_one("plan_cascade", PLAN_CASCADE, write_plan)
+    for name, (schema, function) in COMPOSED.items():
+        _register_one(name, schema, function)
 
 
 def _register_one(name: str, schema: str, function: Callable[..., None]) -> None:
@@ -176,11 +184,6 @@ def _register_one(name: str, schema: str, function: Callable[..., None]) -> None
     _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     names = list(inspect.signature(function).parameters)
     torch.library.register_fake(f"pagedcore::{name}", _fake(names), lib=_LIBRARY)
-
-
-def needs_dispatcher(*tensors: Any) -> bool:
-    """Whether a call on these must go through torch's dispatcher: while compiling, and for tensor subclasses."""
-    return is_dynamo_compiling() or _kernels.any_torch_subclass(*tensors)
 
 
 _register()
