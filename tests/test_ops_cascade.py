@@ -13,7 +13,6 @@ import pytest
 import torch
 from codes import GRANULARITIES, Quantized
 from pagedcore import KVCacheLayout, ops
-from pagedcore.cascade import attend_in_parts
 from pagedcore.errors import InvalidArgumentError, UnsupportedError
 from reference import GARBAGE, SHARED, Batch, check, features, sharing
 
@@ -174,6 +173,7 @@ REFUSED = [
     (lambda b: replace(b, query_start_loc=b.seq_lens), {}, r"^query_start_loc: expected 7 entries"),
     (lambda b: replace(b, query=b.query[0]), {}, r"^query: expected shape"),
     (lambda b: b, {"workspace": torch.empty(99, dtype=torch.uint8)}, r"^workspace: expected \d+ bytes or more, got 99"),
+    (lambda b: b, {"workspace": BYTES[:99], "num_shared_blocks": 0}, r"^workspace: expected \d+ bytes or more, got 99"),
     (lambda b: b, {"workspace": torch.empty(99)}, r"^workspace: expected dtype uint8, got float32"),
     (lambda b: b, {"workspace": BYTES[1:]}, r"^workspace: expected memory that begins on 16 bytes, got address 0x"),
     (lambda b: b, {"workspace": BYTES[::2]}, r"^workspace: expected bytes one after another, got stride 2"),
@@ -226,8 +226,6 @@ def test_as_a_torch_operator() -> None:
     operator = torch.ops.pagedcore.cascade_attention.default
     torch.library.opcheck(operator, (*batch.args, torch.empty(6, 4, 64), torch.empty(6, 4)), options)
     torch.library.opcheck(operator, (*batch.args, torch.empty(6, 4, 64)), options)
-    names = [argument.name for argument in operator._schema.arguments]
-    assert names == list(attend_in_parts.__annotations__)[:-1]  # the last is what it returns
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler about its own modules
@@ -330,12 +328,34 @@ def test_a_plan_in_a_compiled_function(dtype: torch.dtype) -> None:
         ({"num_tokens": 8, "num_shared_blocks": -1}, "^num_shared_blocks: expected 0 or more, got -1"),
         ({"num_tokens": 8, "num_shared_blocks": 1.0}, "^num_shared_blocks: expected an int, got 1.0"),
         ({"num_tokens": 8, "block_size": 0}, "^block_size: expected 1 or more, got 0"),
+        ({"num_tokens": 8, "max_query_len": -3}, "^max_query_len: expected 0 or more, got -3"),
+        ({"num_tokens": 8, "max_query_len": "a"}, "^max_query_len: expected an int, got 'a'"),
+        ({"num_tokens": 8, "causal": "yes"}, "^causal: expected a bool, got 'yes'"),
+        ({"num_tokens": 8, "head_dim": "a"}, "^head_dim: expected an int, got 'a'"),
+        ({"num_tokens": 8, "seq_lens": torch.ones(6)}, "^seq_lens: expected dtype int32, got float32"),
+        ({"num_tokens": 8, "seq_lens": torch.ones(6).long()}, "^seq_lens: expected dtype int32, got int64"),
+        ({"num_tokens": 8, "query_start_loc": torch.ones(6).int()}, "^query_start_loc: expected 7 entries"),
+        ({"num_tokens": 8, "query_start_loc": torch.ones(7)}, "^query_start_loc: expected dtype int32, got float32"),
+        (
+            {"num_tokens": 8, "query_start_loc": torch.ones(14).int()[::2]},
+            r"^query_start_loc: expected a contiguous last axis \(stride 1\), got stride 2",
+        ),
     ],
 )
 def test_plans_of_what_cannot_be(options: dict[str, Any], message: str) -> None:
+    """And then nothing was written."""
     batch = sharing(OWN, [1, 3, 1, 1, 1, 1])
+    out = torch.full((4096,), 85, dtype=torch.uint8)
+    given = {"seq_lens": batch.seq_lens, "query_start_loc": batch.query_start_loc, "max_query_len": 3}
     with pytest.raises(InvalidArgumentError, match=message):
-        ops.plan_cascade(*batch.args[4:], **{**STEP, **options}, max_query_len=3)
+        ops.plan_cascade(**{**STEP, **given, "out": out, **options})
+    assert (out == 85).all()
+
+
+@pytest.mark.parametrize("starts", [None, "x"])
+def test_a_plan_of_no_tensor(starts: Any) -> None:
+    with pytest.raises(TypeError, match=r"^query_start_loc: expected a tensor, got"):
+        ops.plan_cascade(sharing(OWN, [1] * 6).seq_lens, starts, **STEP, max_query_len=1)
 
 
 @pytest.mark.parametrize("change", ["shared blocks", "lengths", "nothing planned"])

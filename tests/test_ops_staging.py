@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -179,6 +180,8 @@ def test_the_cpu_plans_as_it_attends() -> None:
             r"num_tokens: expected the number of query tokens where max_query_len is not 1 but 4, got None",
         ),
         ({"dtype": "float64"}, "dtype: expected one of"),
+        ({"num_heads": "4"}, "num_heads: expected an int, got '4'"),
+        ({"num_tokens": "2"}, "num_tokens: expected an int, got '2'"),
         ({"window": 0}, "window: expected 1 or more, got 0"),
         ({"split_size": -2}, "split_size: expected None, 0 or a number of tokens, got -2"),
     ],
@@ -194,6 +197,21 @@ def test_sizes_of_what_cannot_be(size: Any) -> None:
         size(4, 4, 8, 2, 64, device="cpu", split_size=-1)
     with pytest.raises(TypeError, match=r"^split_size: expected an int or None, got str"):
         size(4, 4, 8, 2, 64, device="cpu", split_size="a")
+
+
+@pytest.mark.parametrize(
+    "size",
+    [ops.attention_workspace_size, ops.attention_plan_size, ops.cascade_workspace_size, ops.cascade_plan_size],
+)
+@pytest.mark.parametrize("at", range(6))
+def test_sizes_that_are_no_number(size: Any, at: int) -> None:
+    """Are told by the name of the argument."""
+    name = ("max_num_tokens", "max_num_seqs", "num_heads", "num_kv_heads", "head_dim", "v_head_dim")[at]
+    sizes: list[Any] = [4, 4, 8, 2, 64, 64]
+    for wrong in ("8", 8.5, math.nan):
+        sizes[at] = wrong
+        with pytest.raises(InvalidArgumentError, match=f"^{name}: expected an int, got {wrong!r}$"):
+            size(*sizes[:5], v_head_dim=sizes[5], device="cpu")
 
 
 @pytest.mark.skipif(_kernels.gpu_facts()["images"] is not None, reason="these kernels were built with CUDA")

@@ -31,6 +31,7 @@ from pagedcore.tensors import (
     refuse,
     require_axes,
     require_bytes,
+    require_sequences,
     sliceable,
     whole,
 )
@@ -182,6 +183,12 @@ def attend_in_parts(
     call = _Call.checked(
         block_table, seq_lens, query_start_loc, block_table_rows, num_shared_blocks, block_size, max_seq_len
     )
+    device, dtype = device_of(query), dtype_name(dtype_of(query))
+    sizes = (num_tokens, call.num_seqs, num_heads, num_kv_heads, head_dim, v_head_dim)
+    places = _places(*sizes, dtype, device)
+    if workspace is not None:
+        workspace = sliceable(workspace)
+        require_bytes("workspace", workspace, places["end"], "query", query)
     if call.donor is None:  # nothing is shared, or nobody is there
         ops.paged_attention(
             query,
@@ -197,18 +204,14 @@ def attend_in_parts(
             max_query_len=max_query_len,
             max_seq_len=max_seq_len,
             block_table_rows=block_table_rows,
+            workspace=workspace,
             **options,
         )
         return
     options["shared_tokens"] = shared_tokens = num_shared_blocks * block_size
-    device, dtype = device_of(query), dtype_name(dtype_of(query))
-    sizes = (num_tokens, call.num_seqs, num_heads, num_kv_heads, head_dim, v_head_dim)
-    places, in_plan = _places(*sizes, dtype, device), plan_places(*sizes, dtype, device)
+    in_plan = plan_places(*sizes, dtype, device)
     if workspace is None:
         workspace = new_bytes(query, places["end"])
-    else:
-        workspace = sliceable(workspace)
-        require_bytes("workspace", workspace, places["end"], "query", query)
 
     def part(name: str, dtype: Any, *shape: int) -> Any:
         return carve(workspace, places[name], shape, dtype)
@@ -323,8 +326,7 @@ class _Call:
     ) -> _Call:
         """Shapes; and, of index tensors in the host's memory, what they hold."""
         table_rows, max_blocks = require_axes("block_table", block_table, "num_seqs", "max_blocks")
-        (num_seqs,) = require_axes("seq_lens", seq_lens, "num_seqs")
-        (num_starts,) = require_axes("query_start_loc", query_start_loc, "num_seqs + 1")
+        num_seqs = require_sequences(seq_lens, query_start_loc)
         num_rows = table_rows
         if block_table_rows is not None:
             (num_rows,) = require_axes("block_table_rows", block_table_rows, "num_seqs")
@@ -332,21 +334,19 @@ class _Call:
             refuse(
                 "block_table" if block_table_rows is None else "block_table_rows", f"num_seqs = {num_seqs}", num_rows
             )
-        if num_starts != num_seqs + 1:
-            refuse("query_start_loc", f"{num_seqs + 1} entries, one more than seq_lens has", num_starts)
-        index = {"block_table": block_table, "seq_lens": seq_lens, "query_start_loc": query_start_loc}
+        tables = {"block_table": block_table}
         if block_table_rows is not None:
-            index["block_table_rows"] = block_table_rows
-        for name, tensor in index.items():
+            tables["block_table_rows"] = block_table_rows
+        for name, tensor in tables.items():
             if (dtype := name_of_dtype(tensor)) != "int32":
                 refuse(name, "dtype int32", dtype)
         if not 0 <= num_shared_blocks < max(max_blocks, 1):
             refuse("num_shared_blocks", f"0 or more, and fewer than the {max_blocks} columns", num_shared_blocks)
         if num_shared_blocks == 0 or num_seqs == 0:
             return cls(num_seqs, None)
-        if any(device_of(tensor) >= 0 for tensor in index.values()):
+        if any(device_of(tensor) >= 0 for tensor in (seq_lens, *tables.values())):
             return cls(num_seqs, 0)
-        table, lens, starts, *rows = (np.asarray(tensor) for tensor in index.values())
+        lens, starts, table, *rows = (np.asarray(tensor) for tensor in (seq_lens, query_start_loc, *tables.values()))
         live = np.flatnonzero(lens)
         if not live.size:
             return cls(num_seqs, None)
@@ -393,11 +393,12 @@ def _places(
     """Where each part of a workspace begins, in bytes; ``end`` is its size."""
     from pagedcore import ops
 
+    heads = (num_heads, num_kv_heads, head_dim)
+    plan = plan_places(num_tokens, num_seqs, *heads, v_head_dim, dtype, device)["end"]  # which refuses wrong sizes
     rows = num_tokens * num_heads
     state = rows * v_head_dim * ITEM_SIZES[dtype]
     sizes = {"shared": state, "own": state, "shared lse": 4 * rows, "own lse": 4 * rows, "lse": 4 * rows, "mask": rows}
-    heads = (num_heads, num_kv_heads, head_dim)
-    sizes["plan"] = plan_places(num_tokens, num_seqs, *heads, v_head_dim, dtype, device)["end"]
+    sizes["plan"] = plan
     sizes["attention"] = ops.attention_workspace_size(
         num_tokens, num_seqs, *heads, v_head_dim=v_head_dim, dtype=dtype, device=device
     )

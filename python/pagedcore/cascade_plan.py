@@ -20,6 +20,7 @@ from pagedcore.tensors import (
     refuse,
     require_axes,
     require_bytes,
+    require_sequences,
     subtract,
     whole,
 )
@@ -152,7 +153,11 @@ def write_plan(
     """`plan_cascade` into `out`: what ``torch.ops.pagedcore.plan_cascade`` is. ``seq_len - shared_tokens`` tokens are a
     sequence's own; a negative number, which padding has, is 0.
     """
-    (num_seqs,) = require_axes("seq_lens", seq_lens, "num_seqs")
+    # What the second plan would refuse: by then the first is written.
+    num_seqs = require_sequences(seq_lens, query_start_loc)
+    max_query_len = whole("max_query_len", max_query_len, 0)
+    if causal not in (True, False):
+        refuse("causal", "a bool", repr(causal))
     sizes = (num_tokens, num_seqs, num_heads, num_kv_heads, head_dim, v_head_dim)
     places = plan_places(*sizes, dtype, device_of(seq_lens))
     require_bytes("out", out, places["end"], "seq_lens", seq_lens)
@@ -194,12 +199,12 @@ def plan_places(
     """Where each part of a plan begins, in bytes; ``end`` is its size."""
     from pagedcore import ops
 
-    heads = (num_heads, num_kv_heads, head_dim)
-    sizes = {"length": 4, "starts": 8, "own lengths": 4 * num_seqs}
-    for name, seqs in (("shared plan", 1), ("own plan", num_seqs)):
-        sizes[name] = ops.attention_plan_size(
-            num_tokens, seqs, *heads, v_head_dim=v_head_dim, dtype=dtype, device=device
-        )
+    def plan(seqs: int) -> int:
+        heads = (num_heads, num_kv_heads, head_dim)
+        return ops.attention_plan_size(num_tokens, seqs, *heads, v_head_dim=v_head_dim, dtype=dtype, device=device)
+
+    own = plan(num_seqs)  # which refuses wrong sizes
+    sizes = {"length": 4, "starts": 8, "own lengths": 4 * num_seqs, "shared plan": plan(1), "own plan": own}
     return place(sizes)
 
 

@@ -34,6 +34,7 @@ from pagedcore.tensors import (
     new_out,
     query_tokens,
     require_axes,
+    whole,
 )
 
 if TYPE_CHECKING:
@@ -125,6 +126,14 @@ def paged_attention(
     ``[num_seqs + 1]`` their cumulative lengths; seq_lens int32 ``[num_seqs]`` the tokens in the cache, this step's
     included; block_table int32 ``[num_seqs, max_blocks]``. Query i of a sequence has position seq_len - query_len + i.
     Caches of float8_e4m3fn or uint8 hold codes, with their scales as `reshape_and_cache` has them.
+
+    scale: of q · k, 1 / sqrt(head_dim) where absent. window W: position i sees j if i - W < j <= i. softcap c > 0:
+    c * tanh(score / c). alibi_slopes float32 ``[num_heads]``. sinks float32 ``[num_heads]``: logits that take their
+    share of the softmax and of the lse. block_table_rows int32 ``[num_seqs]``: the table's row of each sequence, row i
+    of sequence i where absent. max_query_len, max_seq_len: tokens that no sequence exceeds. split_size: None, the work
+    is cut as fits; 0, not at all; n, at every n keys, so that a result does not depend on the batch.
+
+    Raises InvalidArgumentError, BlockError or UnsupportedError, which name the argument; then nothing was written.
 
     Returns out ``[num_tokens, num_heads, v_head_dim]``, or ``(out, lse)`` if an lse is asked for: float32
     ``[num_tokens, num_heads]``, natural log. A row that sees no key (seq_len 0, padding) is 0, with lse -inf.
@@ -225,7 +234,8 @@ def merge_states(
     """Two outputs of attention over disjoint keys as the one over all of them: split keys, a prefix that many share.
 
     o_a, o_b ``[num_tokens, num_heads, v_head_dim]`` with their lse float32 ``[num_tokens, num_heads]``, natural log, as
-    `paged_attention` returns them without sinks. sinks float32 ``[num_heads]`` are logits that join here, once.
+    `paged_attention` returns them without sinks. sinks float32 ``[num_heads]`` are logits that join here, once. out and
+    lse are written in place if given.
 
     Returns ``(out, lse)``. A row that neither saw a key for (lse -inf) is 0 with lse -inf, whatever o_a and o_b hold.
     """
@@ -258,6 +268,8 @@ def plan_attention(
     """The plan of one step's attention, for `paged_attention`: how its work is cut over a GPU. Made on the device from
     what the lengths hold then, without waiting for it, so that a captured graph plans anew at each replay.
 
+    seq_lens int32 ``[num_seqs]`` and query_start_loc int32 ``[num_seqs + 1]`` are those of `paged_attention`.
+
     The calls that use it must have these same lengths, heads, head sizes, dtype (of the queries), mask, split_size and
     max_query_len, and num_tokens query tokens (rows of `query`, padding included). num_tokens can be left out where
     max_query_len is 1 alone, for a token a sequence: how many there are is known to the device, which nobody asks.
@@ -265,14 +277,22 @@ def plan_attention(
     Returns `out`: uint8 ``[attention_plan_size(...)]``, allocated if absent. On the CPU there is nothing to plan, and
     it has no elements.
     """
-    shape = require_axes("seq_lens", seq_lens, "num_seqs")
+    (num_seqs,) = require_axes("seq_lens", seq_lens, "num_seqs")
     if v_head_dim is None:
         v_head_dim = head_dim
-    num_tokens = query_tokens(num_tokens, shape[0], max_query_len)
+    num_tokens = query_tokens(num_tokens, num_seqs, max_query_len)
     dtype = dtype_name(dtype)
     if out is None:
-        sizes = (num_tokens, shape[0], num_heads, num_kv_heads, head_dim, v_head_dim, max_query_len, dtype, split_size)
-        out = new_bytes(seq_lens, _kernels.attention_memory(device_of(seq_lens), *sizes)[0])
+        sizes = {
+            "num_tokens": num_tokens,
+            "num_seqs": num_seqs,
+            "num_heads": num_heads,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": head_dim,
+            "v_head_dim": v_head_dim,
+            "max_query_len": max_query_len,
+        }
+        out = new_bytes(seq_lens, _memory_of(sizes, device_of(seq_lens), dtype, split_size)[0])
     traced = is_compiling() or any_subclass(seq_lens, query_start_loc, out)
     make = _torch_ops().plan_attention if traced else _kernels.plan_attention
     make(
@@ -307,18 +327,22 @@ def _attention_memory(
     device: Any = "cuda",
 ) -> tuple[int, int]:
     """(bytes of a plan, bytes of a workspace) at most."""
-    return _kernels.attention_memory(
-        device_index(device),
-        max_num_tokens,
-        max_num_seqs,
-        num_heads,
-        num_kv_heads,
-        head_dim,
-        head_dim if v_head_dim is None else v_head_dim,
-        max_num_tokens if max_query_len is None else max_query_len,
-        dtype_name(dtype),
-        split_size,
-    )
+    sizes = {
+        "max_num_tokens": max_num_tokens,
+        "max_num_seqs": max_num_seqs,
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "v_head_dim": head_dim if v_head_dim is None else v_head_dim,
+        "max_query_len": max_num_tokens if max_query_len is None else max_query_len,
+    }
+    return _memory_of(sizes, device_index(device), dtype_name(dtype), split_size)
+
+
+def _memory_of(sizes: dict[str, Any], device: int, dtype: str, split_size: int | None) -> tuple[int, int]:
+    """The same, of sizes by the names that the caller knows them by, in the order of the kernels'."""
+    tokens, seqs, heads, kv_heads, dim, v_dim, query_len = (whole(name, size) for name, size in sizes.items())
+    return _kernels.attention_memory(device, tokens, seqs, heads, kv_heads, dim, v_dim, query_len, dtype, split_size)
 
 
 def _taking_arguments_of(

@@ -106,7 +106,7 @@ def require_bytes(name: str, memory: Any, size: int, like_name: str, like: Any) 
         refuse(name, f"{'a torch tensor' if of_torch else 'an array'}, as {like_name} is", type(memory).__name__)
     if (device := device_of(memory)) != (wanted := device_of(like)):
         refuse(name, f"the device of {like_name}, {_name_of_device(wanted)}", _name_of_device(device))
-    if (stride := memory.stride(0) if of_torch else memory.strides[0]) != 1:
+    if (stride := _stride_of(memory, 1)) != 1:
         refuse(name, "bytes one after another", f"stride {stride}")
     if _address_of(memory) % 16:
         refuse(name, "memory that begins on 16 bytes", f"address {_address_of(memory):#x}")
@@ -114,6 +114,7 @@ def require_bytes(name: str, memory: Any, size: int, like_name: str, like: Any) 
 
 def dtype_of(tensor: Any) -> Any:
     """The dtype, as the library has it."""
+    # A memoryview has none, and NumPy none for it that it did not make itself.
     return getattr(tensor, "dtype", None) or array_module(tensor).asarray(tensor).dtype
 
 
@@ -126,11 +127,34 @@ def _name_of_device(index: int) -> str:
     return "cpu" if index < 0 else f"cuda:{index}"
 
 
+def _stride_of(tensor: Any, item_size: int) -> int:
+    """From one element to the next of a tensor of one axis, in elements of so many bytes."""
+    return int(tensor.stride(0) if hasattr(tensor, "data_ptr") else tensor.strides[0] // item_size)
+
+
 def _address_of(memory: Any) -> int:
     if hasattr(memory, "data_ptr"):  # torch
         return int(memory.data_ptr())
     interface = getattr(memory, "__cuda_array_interface__", None) or memory.__array_interface__
     return int(interface["data"][0])
+
+
+def require_sequences(seq_lens: Any, query_start_loc: Any) -> int:
+    """How many sequences there are. Refuses index tensors that are not int32 ``[num_seqs]`` and ``[num_seqs + 1]``, one
+    element after another, on one device.
+    """
+    (num_seqs,) = require_axes("seq_lens", seq_lens, "num_seqs")
+    (num_starts,) = require_axes("query_start_loc", query_start_loc, "num_seqs + 1")
+    if num_starts != num_seqs + 1:
+        refuse("query_start_loc", f"{num_seqs + 1} entries, one more than seq_lens has", num_starts)
+    for name, tensor in (("seq_lens", seq_lens), ("query_start_loc", query_start_loc)):
+        if (dtype := name_of_dtype(tensor)) != "int32":
+            refuse(name, "dtype int32", dtype)
+        if tensor.shape[0] > 1 and (stride := _stride_of(tensor, 4)) != 1:
+            refuse(name, "a contiguous last axis (stride 1)", f"stride {stride}")
+    if (device := device_of(query_start_loc)) != (wanted := device_of(seq_lens)):
+        refuse("query_start_loc", f"the device of seq_lens, {_name_of_device(wanted)}", _name_of_device(device))
+    return num_seqs
 
 
 def query_tokens(num_tokens: int | None, num_seqs: int, max_query_len: int) -> int:
@@ -165,8 +189,7 @@ def new_like(tensor: Any, shape: tuple[int, ...]) -> Any:
     """A tensor of this shape in the library and dtype of `tensor`, where `tensor` is. What it holds is not defined."""
     if hasattr(tensor, "new_empty"):  # torch
         return tensor.new_empty(shape)
-    # A memoryview has no dtype, and NumPy none for it that it did not make itself.
-    return _empty(tensor, shape, getattr(tensor, "dtype", None) or array_module(tensor).asarray(tensor).dtype)
+    return _empty(tensor, shape, dtype_of(tensor))
 
 
 def _empty(like: Any, shape: tuple[int, ...], dtype: Any) -> Any:

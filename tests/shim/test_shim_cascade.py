@@ -14,6 +14,7 @@ import torch
 from gpu_calls import arguments, make_gpu
 from gpus import TorchGpu
 from pagedcore import cascade, cascade_plan, ops, tensors
+from pagedcore.errors import InvalidArgumentError
 from reference import SHARED, Batch, check, features, sharing
 
 if TYPE_CHECKING:
@@ -90,14 +91,15 @@ def test_a_table_that_lives_on_the_device(gpu: ShimGpu) -> None:
     check(batch, out, lse, row_factor=5, whole_references=True)
 
 
-def test_memory_of_ones_own(gpu: ShimGpu) -> None:
+@pytest.mark.parametrize("num_shared_blocks", [0, SHARED])
+def test_memory_of_ones_own(gpu: ShimGpu, num_shared_blocks: int) -> None:
     """A workspace for larger calls; with it nothing is allocated."""
     batch = sharing([5, 33], [1, 1], dtype=torch.float16)
     size = ops.cascade_workspace_size(9, 7, 4, 2, 64, dtype="float16", device=0)
     own = [gpu.empty((2, 4, 64), torch.float16), gpu.empty((2, 4), torch.float32), gpu.empty((size,), torch.uint8)]
     args = arguments(gpu, batch)
     before = gpu.allocations()
-    ops.cascade_attention(*args, num_shared_blocks=SHARED, out=own[0], lse=own[1], workspace=own[2])
+    ops.cascade_attention(*args, num_shared_blocks=num_shared_blocks, out=own[0], lse=own[1], workspace=own[2])
     assert gpu.allocations() == before
     check(batch, gpu.download(own[0]), gpu.download(own[1]), row_factor=5, whole_references=True)
 
@@ -159,6 +161,35 @@ def test_a_plan_for_all_layers(gpu: ShimGpu, monkeypatch: pytest.MonkeyPatch) ->
         assert torch.equal(gpu.download(out), alone[0])
         assert torch.equal(gpu.download(lse), alone[1])
     assert ops.device_errors(0) == []
+
+
+STARTS = torch.tensor([0, 1, 4, 5], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_query_len": -3}, "max_query_len: expected 0 or more, got -3"),
+        ({"causal": "yes"}, "causal: expected a bool, got 'yes'"),
+        ({"query_start_loc": lambda gpu: gpu.upload(STARTS[:3])}, "query_start_loc: expected 4 entries"),
+        (
+            {"query_start_loc": lambda gpu: gpu.upload(STARTS.repeat_interleave(2))[::2]},
+            "query_start_loc: expected a contiguous",
+        ),
+        ({"query_start_loc": lambda _: STARTS}, "query_start_loc: expected the device of seq_lens, cuda:0"),
+    ],
+)
+def test_plans_of_what_cannot_be(gpu: ShimGpu, changes: dict[str, Any], message: str) -> None:
+    """Nothing was written: all is checked before the first of the two plans."""
+    batch = sharing([5, 33, 20], [1, 3, 1], dtype=torch.bfloat16, heads=(8, 2))
+    given = {"seq_lens": gpu.upload(batch.seq_lens), "query_start_loc": gpu.upload(STARTS)}
+    sizes = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64, "num_tokens": 5, "max_query_len": 3}
+    plan = gpu.empty((ops.cascade_plan_size(5, 3, 8, 2, 64, device=0),), torch.uint8)
+    gpu.write(plan, torch.full(plan.shape, 85, dtype=torch.uint8))
+    given |= {name: change(gpu) if callable(change) else change for name, change in changes.items()}
+    with pytest.raises(InvalidArgumentError, match=f"^{message}"):
+        ops.plan_cascade(**{**sizes, **given}, num_shared_blocks=SHARED, block_size=16, out=plan)
+    assert (gpu.download(plan) == 85).all()
 
 
 def test_a_plan_of_another_step_attends_to_nothing(gpu: ShimGpu) -> None:
