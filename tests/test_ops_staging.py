@@ -175,6 +175,7 @@ def test_the_cpu_plans_as_it_attends() -> None:
         ({"v_head_dim": 300}, "v_head_dim: expected 1 to 256, got 300"),
         ({"max_query_len": -1, "num_tokens": 2}, "max_query_len: expected 0 or more, got -1"),
         ({"max_query_len": 1, "num_tokens": -2}, "num_tokens: expected 0 or more, got -2"),
+        ({"num_tokens": 2**35}, "num_tokens: expected at most 1073741823, got 34359738368"),
         (
             {"max_query_len": 4},
             r"num_tokens: expected the number of query tokens where max_query_len is not 1 but 4, got None",
@@ -197,6 +198,10 @@ def test_sizes_of_what_cannot_be(size: Any) -> None:
         size(4, 4, 8, 2, 64, device="cpu", split_size=-1)
     with pytest.raises(TypeError, match=r"^split_size: expected an int or None, got str"):
         size(4, 4, 8, 2, 64, device="cpu", split_size="a")
+    with pytest.raises(InvalidArgumentError, match=r"^num_tokens: expected at most 536870911, got 536870912"):
+        size(2**29, 4, 8, 2, 64, device="cpu")
+    with pytest.raises(InvalidArgumentError, match=r"^seq_lens: expected at most 2\^30 sequences, got 1073741825"):
+        size(4, 2**30 + 1, 8, 2, 64, device="cpu")
 
 
 @pytest.mark.parametrize(

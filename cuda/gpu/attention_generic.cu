@@ -27,8 +27,7 @@ using namespace device;
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kMaxDim = 256;
-constexpr int kColumns = kMaxDim / kWarpSize;  // of the output, per lane
+constexpr int kColumns = kMaxHeadDim / kWarpSize;  // of the output, per lane
 
 // The sequence that query token `token` belongs to: the last one that starts at or before it and is not empty.
 PAGEDCORE_DEVICE int sequence_of(const AttentionParams& p, int64_t token) {

@@ -10,6 +10,12 @@
 
 namespace pagedcore::gpu {
 
+// Of a plan and of a workspace, and of what lies in them.
+constexpr int64_t kMemoryAlignment = 16;
+constexpr int64_t aligned(int64_t bytes) {
+  return (bytes + kMemoryAlignment - 1) / kMemoryAlignment * kMemoryAlignment;
+}
+
 // paged_attention (paged_attention.cu): attention of this step's queries over paged KV. Which kernel runs is decided
 // from what the host knows, that is shapes, strides, alignment and max_query_len, never from lengths.
 //

@@ -49,9 +49,6 @@ const char* why_not_tiled(const AttentionParams& p) {
 
 namespace {
 
-constexpr int64_t kAlignment = 16;
-
-int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // From how many rows a sequence on, on the average, tiles of 128 are taken although some sequences may decode. Where

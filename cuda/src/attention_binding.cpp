@@ -12,9 +12,12 @@ namespace py = pybind11;
 namespace pagedcore {
 namespace {
 
-constexpr int64_t kScratchAlignment = 16;
-
-int64_t round_up(int64_t bytes) { return (bytes + kScratchAlignment - 1) / kScratchAlignment * kScratchAlignment; }
+// How many sequences there are: few enough for the places in a plan, one a sequence and one a tile, to be of 32 bits.
+int32_t sequences32(int64_t num_seqs) {
+  constexpr int64_t kMost = int64_t{1} << 30;
+  if (num_seqs > kMost) refuse("seq_lens", "at most 2^30 sequences", std::to_string(num_seqs));
+  return static_cast<int32_t>(num_seqs);
+}
 
 // Which keys a query sees, and how they may be cut.
 void read_mask(AttentionParams& p, PyObject* causal, PyObject* window, PyObject* split_size) {
@@ -30,11 +33,10 @@ void read_mask(AttentionParams& p, PyObject* causal, PyObject* window, PyObject*
 char* scratch(const Tensor& tensor, int64_t bytes) {
   require_dense(tensor);
   require_writable(tensor);
-  int64_t has = tensor.element_size;
-  for (int i = 0; i < tensor.ndim; ++i) has *= tensor.shape[static_cast<size_t>(i)];
+  const int64_t has = tensor.bytes();
   if (has < bytes) refuse(tensor.name, std::to_string(bytes) + " bytes or more", std::to_string(has));
-  if (reinterpret_cast<uintptr_t>(tensor.data) % kScratchAlignment != 0)
-    refuse(tensor.name, "memory on 16 bytes", "misaligned memory");
+  if (reinterpret_cast<uintptr_t>(tensor.data) % gpu::kMemoryAlignment != 0)
+    refuse(tensor.name, "memory on " + std::to_string(gpu::kMemoryAlignment) + " bytes", "misaligned memory");
   return tensor.data;
 }
 
@@ -46,7 +48,7 @@ void attend_on_gpu(AttentionParams p, const Tensor& query, PyObject* query_objec
     {
       const gpu::DeviceGuard guard(query.device.id);
       plan_bytes = gpu::plan_bytes(p);
-      workspace_bytes = round_up(gpu::workspace_bytes(p));
+      workspace_bytes = gpu::aligned(gpu::workspace_bytes(p));
     }
     const int64_t needed = workspace_bytes + (plan ? 0 : plan_bytes);
     py::object owner;  // what is allocated here lives until the launches are on their stream
@@ -141,7 +143,9 @@ void paged_attention(const Arguments<kPagedAttention.count>& arguments) {
   p.k_scale = k_scales.scales(sizes);
   p.v_scale = v_scales.scales(sizes);
   require_writable(o);
-  require_disjoint(o, {&q, &k, &v, &table, &lens, &loc, rows, slopes, sink_logits, ks, vs});
+  const std::initializer_list<const Tensor*> inputs = {&q,   &k,     &v,          &table, &lens, &loc,
+                                                       rows, slopes, sink_logits, ks,     vs};
+  require_disjoint(o, inputs);
 
   p.dtype = q.dtype;
   p.num_tokens = sizes[Axis::num_tokens];
@@ -149,12 +153,11 @@ void paged_attention(const Arguments<kPagedAttention.count>& arguments) {
   p.max_blocks = sizes[Axis::max_blocks];
   read_heads(p, sizes, q, k, v);
   const int64_t num_seqs = sizes[Axis::num_seqs];
-  if (num_seqs > INT32_MAX - 1) refuse("seq_lens", "fewer than 2^31 sequences", std::to_string(num_seqs));
+  p.num_seqs = sequences32(num_seqs);
   if (sizes[Axis::num_starts] != num_seqs + 1) {
     refuse("query_start_loc", std::to_string(num_seqs + 1) + " entries, one more than seq_lens has",
            std::to_string(sizes[Axis::num_starts]));
   }
-  p.num_seqs = static_cast<int32_t>(num_seqs);
   p.query = q.data;
   p.query_token_stride = q.strides[0];
   p.query_head_stride = q.strides[1];
@@ -183,14 +186,17 @@ void paged_attention(const Arguments<kPagedAttention.count>& arguments) {
       sizes.match(t, {Axis::num_tokens, Axis::num_heads});
     }
     require_writable(t);
-    require_disjoint(t, {&q, &k, &v, &o, &table, &lens, &loc, rows, slopes, sink_logits, ks, vs});
+    require_disjoint(t, inputs);
+    require_disjoint(t, {&o});
     p.lse = t.as<float>();
   }
 
   const OptionalTensor given_plan("plan", plan), given_workspace("workspace", workspace);
   const Tensor *const own_plan = given_plan.get(), *const own_workspace = given_workspace.get();
   for (const Tensor* memory : {own_plan, own_workspace}) {
-    if (memory) require_disjoint(*memory, {&q, &k, &v, &o, &table, &lens, &loc, rows, slopes, sink_logits, ks, vs});
+    if (!memory) continue;
+    require_disjoint(*memory, inputs);
+    require_disjoint(*memory, {&o, given_lse.get()});
   }
   if (own_plan && own_workspace) require_disjoint(*own_plan, {own_workspace});
   const Device device = require_one_device({&q, &k, &v, &table, &lens, &loc, &o, given_lse.get(), rows, slopes,
@@ -224,11 +230,13 @@ struct PlanShape {
     if (num_heads % num_kv_heads != 0) {
       refuse("num_heads", "a multiple of num_kv_heads = " + std::to_string(num_kv_heads), std::to_string(num_heads));
     }
-    p.head_dim = size("head_dim", head_dim, 256);
-    p.v_head_dim = size("v_head_dim", v_head_dim, 256);
-    if (num_seqs > INT32_MAX - 1) refuse("seq_lens", "fewer than 2^31 sequences", std::to_string(num_seqs));
-    p.num_seqs = static_cast<int32_t>(num_seqs);
+    p.head_dim = size("head_dim", head_dim, kMaxHeadDim);
+    p.v_head_dim = size("v_head_dim", v_head_dim, kMaxHeadDim);
+    p.num_seqs = sequences32(num_seqs);
+    // Kernels count the rows of a KV head in 32 bits.
+    const int64_t most = INT32_MAX / (num_heads / num_kv_heads);
     p.num_tokens = at_least(0, "num_tokens", num_tokens);
+    if (num_tokens > most) refuse("num_tokens", "at most " + std::to_string(most), std::to_string(num_tokens));
     p.max_query_len = std::min(at_least(0, "max_query_len", max_query_len), num_tokens);
     p.max_seq_len = INT64_MAX;  // a plan is told of none
     p.dtype = p.kv_dtype = dtype;
@@ -314,7 +322,7 @@ py::tuple attention_memory(int device, int64_t num_tokens, int64_t num_seqs, int
     if (device >= 0) {
       const gpu::DeviceGuard guard(device);
       const gpu::AttentionMemory most = gpu::most_memory(p);
-      return py::make_tuple(most.plan, round_up(most.workspace));
+      return py::make_tuple(most.plan, gpu::aligned(most.workspace));
     }
   } else if (device >= 0) {
     refuse_device(device);
@@ -332,10 +340,10 @@ int64_t split_size_of(PyObject* value) {
 
 void read_heads(AttentionParams& p, const Sizes& sizes, const Tensor& q, const Tensor& k, const Tensor& v) {
   p.num_heads = size32(q, "num_heads", sizes[Axis::num_heads]);
-  p.head_dim = size32(q, "head_dim", sizes[Axis::head_dim], 256);
+  p.head_dim = size32(q, "head_dim", sizes[Axis::head_dim], kMaxHeadDim);
   p.num_kv_heads = size32(k, "num_kv_heads", sizes[Axis::num_kv_heads]);
   p.block_size = size32(k, "block_size", sizes[Axis::block_size]);
-  p.v_head_dim = size32(v, "v_head_dim", sizes[Axis::v_head_dim], 256);
+  p.v_head_dim = size32(v, "v_head_dim", sizes[Axis::v_head_dim], kMaxHeadDim);
   if (p.num_heads % p.num_kv_heads != 0) {
     refuse("query", "num_heads that is a multiple of num_kv_heads = " + std::to_string(p.num_kv_heads),
            std::to_string(p.num_heads));

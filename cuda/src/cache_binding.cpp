@@ -224,8 +224,7 @@ struct StagedArgs {
     list = ids.as<const int32_t>();
     count = ids.shape[0];
     require_dense(staging);
-    int64_t bytes = staging.element_size;
-    for (int i = 0; i < staging.ndim; ++i) bytes *= staging.shape[static_cast<size_t>(i)];
+    const int64_t bytes = staging.bytes();
     const int64_t needed = count * blocks.block_bytes();
     if (bytes != needed) {
       refuse(name,

@@ -9,18 +9,16 @@ namespace {
 
 std::string device_text(Device device) { return device.cuda ? "cuda:" + std::to_string(device.id) : "the CPU"; }
 
-// For libraries that tell it in Python alone: attribute by attribute from a module that is loaded already.
+// For libraries that tell it in Python alone, if they are loaded.
 device::Stream stream_from_python(const Tensor& tensor) {
   const py::object modules = py::module_::import("sys").attr("modules");
-  const auto call = [&](const char* module, const char* attribute, auto... arguments) -> py::object {
-    const py::object found = modules.attr("get")(module);
-    return found.is_none() ? py::none() : py::object(found.attr("get_current_stream")(arguments...).attr(attribute));
-  };
+  const auto loaded = [&](const char* name) { return py::object(modules.attr("get")(name)); };
   py::object stream = py::none();
   if (tensor.source == Tensor::Source::cuda_array_interface) {
-    stream = call("cupy.cuda", "ptr");
-  } else if (const py::object cuda = modules.attr("get")("torch.cuda"); !cuda.is_none()) {
-    stream = cuda.attr("current_stream")(tensor.device.id).attr("cuda_stream");
+    if (const py::object cupy = loaded("cupy.cuda"); !cupy.is_none())
+      stream = cupy.attr("get_current_stream")().attr("ptr");
+  } else if (const py::object torch = loaded("torch.cuda"); !torch.is_none()) {
+    stream = torch.attr("current_stream")(tensor.device.id).attr("cuda_stream");
   }
   return stream.is_none() ? nullptr : reinterpret_cast<device::Stream>(py::cast<uintptr_t>(stream));
 }

@@ -52,6 +52,12 @@ class Tensor {
   uintptr_t interface_stream = 0;                 // of __cuda_array_interface__; 0: it tells none
 
   bool empty() const;
+  // Of all elements, without gaps between them.
+  int64_t bytes() const {
+    int64_t total = element_size;
+    for (int i = 0; i < ndim; ++i) total *= shape[static_cast<size_t>(i)];
+    return total;
+  }
   template <class T>
   T* as() const {
     return reinterpret_cast<T*>(data);

@@ -122,9 +122,13 @@ def test_memory_that_does_not_do(gpu: ShimGpu, name: str, made: Any, expected: s
 
 
 def test_memory_that_is_an_argument_too(gpu: ShimGpu) -> None:
-    args = arguments(gpu, small_batch())
+    batch = small_batch()
+    args, lse = arguments(gpu, batch), gpu.empty(tuple(batch.query.shape[:2]), torch.float32)
     with pytest.raises(InvalidArgumentError, match=r"^workspace: expected memory apart from k_cache"):
         ops.paged_attention(*args, workspace=args[1])
+    for name in ("plan", "workspace"):
+        with pytest.raises(InvalidArgumentError, match=f"^{name}: expected memory apart from lse"):
+            ops.paged_attention(*args, lse=lse, **{name: lse})
 
 
 def test_launches_are_captured_and_replayed(gpu: ShimGpu) -> None:

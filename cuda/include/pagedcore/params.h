@@ -13,6 +13,9 @@ namespace pagedcore {
 
 enum class DType : uint8_t { f32, f16, bf16, i32, i64, u8, e4m3 };
 
+// Columns of K and of V at most: what a lane of the generic GPU kernel has registers for.
+constexpr int32_t kMaxHeadDim = 256;
+
 // One side (K or V) of one layer's cache: [num_blocks, num_kv_heads, block_size, dim].
 struct Pages {
   void* data;
