@@ -8,8 +8,8 @@
 #include <string>
 
 #include "call.h"
+#include "checks.h"
 #include "errors.h"
-#include "tensor.h"
 
 namespace pagedcore {
 
