@@ -70,10 +70,14 @@ run: $(READY) $(MODEL) ## The main job: answer 64 prompts with SmolLM2-135M out 
 test: test-rust cuda-gates test-python ## All tests but the slow ones
 
 .PHONY: test-rust
-test-rust: ## The tests of the Rust core (no Python needed)
-	@command -v cargo > /dev/null || { echo "there is no Rust toolchain: install Rust from https://rustup.rs and try again" >&2; exit 1; }
+test-rust: rust-tests ## The tests of the Rust core (no Python needed)
 	$(say) "cargo test"
 	@cargo test --locked $(if $(findstring test-rust,$(MAKECMDGOALS)),$(ARGS))
+
+.PHONY: rust-tests
+rust-tests: # compiled, for test-rust to run
+	@command -v cargo > /dev/null || { echo "there is no Rust toolchain: install Rust from https://rustup.rs and try again" >&2; exit 1; }
+	@cargo test --locked --no-run
 
 # All of them in two processes, which share the files in their order (tests/conftest.py); what ARGS picks, in one.
 IN_TWO := --numprocesses=2 --dist=loadscope --no-loadscope-reorder
