@@ -23,7 +23,7 @@ say = @printf '==> %s\n'
 
 .PHONY: help
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
 	@printf '\nARGS is passed on: make test-python ARGS="-k pool", make run ARGS="--json result.json".\n'
 
 # Set-up --------------------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ test-slow: $(READY) $(MODEL) ## Only the slow Python tests
 .PHONY: test-shim
 test-shim: $(READY) ## The GPU kernels under the host shim (part of `make test`; no GPU needed)
 	$(say) "pytest, shim"
-	@.venv/bin/python -m pytest -m "not slow" tests/shim $(or $(ARGS),$(IN_TWO))
+	@.venv/bin/python -m pytest -m "not slow" $(if $(findstring tests/,$(ARGS)),,tests/shim) $(or $(ARGS),$(IN_TWO))
 
 .PHONY: shim-mutants
 shim-mutants: $(READY) ## Plant faults in the GPU kernels one at a time: the shim's tests must catch each (10 minutes on two idle cores)

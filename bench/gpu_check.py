@@ -451,14 +451,16 @@ def main() -> int:
     begin = time.monotonic()
     WORK.mkdir(parents=True, exist_ok=True)
     command = ["make", f"gpu-check-{options.mode}", *(["ARGS=--rehearse"] if options.rehearse else [])]
-    report = Report(options.mode, options.rehearse, " ".join(command), machine())
+    report = Report(options.mode, options.rehearse, " ".join(command))
+    complete = look_for_tools(report)
+    report.machine = machine()
     if "gpu" not in report.machine and not options.rehearse:
         sys.exit("gpu-check: torch sees no GPU here. --rehearse does what can be done without one.")
     name = re.sub(r"[^a-z0-9]+", "-", str(report.machine.get("gpu", "none")).lower())
     out = Path(os.environ.get("OUT") or ROOT / "bench" / "results" / name)
     report.out = out = WORK / "rehearsal" if options.rehearse else out
     report.end = begin + SECONDS[options.mode] * (PATIENCE if options.rehearse else 1)
-    site = build(report) if look_for_tools(report) else None
+    site = build(report) if complete else None
     if site is not None:
         if options.mode == "core":
             core(report, site)

@@ -38,6 +38,7 @@ def gpu_check() -> ModuleType:
 def test_without_a_gpu_it_says_so() -> None:
     done = subprocess.run([sys.executable, SCRIPT, "core"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
+    assert done.stdout.startswith("tools: cmake ")
     assert "torch sees no GPU here. --rehearse does what can be done without one." in done.stderr
 
 

@@ -22,7 +22,8 @@ PAGEDCORE_DEVICE TableRow table_row_of(const AttentionParams& p, int seq) {
   return {p.block_table + row * p.block_table_stride, static_cast<int>(p.max_blocks)};
 }
 
-// Entry `index` of the row. -1, and flagged: it is past the row, or no id of a block.
+// Entry `index` of the row. -1, and flagged: it is past the row, which callers that cut keys at its end never ask for,
+// or no id of a block.
 PAGEDCORE_DEVICE int block_at(const AttentionParams& p, const TableRow& row, int index) {
   if (index >= row.count) {
     report(p.faults, DeviceFault::length);

@@ -345,8 +345,11 @@ void read_heads(AttentionParams& p, const Sizes& sizes, const Tensor& q, const T
   p.block_size = size32(k, "block_size", sizes[Axis::block_size]);
   p.v_head_dim = size32(v, "v_head_dim", sizes[Axis::v_head_dim], kMaxHeadDim);
   if (p.num_heads % p.num_kv_heads != 0) {
-    refuse("query", "num_heads that is a multiple of num_kv_heads = " + std::to_string(p.num_kv_heads),
-           std::to_string(p.num_heads));
+    ArgumentError error(Fault::invalid_argument, "query",
+                        "num_heads that is a multiple of num_kv_heads = " + std::to_string(p.num_kv_heads),
+                        std::to_string(p.num_heads));
+    error.hint = "a cache of (block, token, head, dim) is passed as cache.transpose(1, 2)";
+    throw error;
   }
 }
 

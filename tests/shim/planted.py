@@ -110,7 +110,7 @@ MUTANTS = [
     Mutant("unmasked tail", "scores.h", "index < end[c / 2]", "index <= end[c / 2]", CUT),
     Mutant("unmasked window edge", "scores.h", "index >= begin[c / 2]", "index + 1 >= begin[c / 2]", WINDOW),
     Mutant("bad block id", "page_of_key.h", "block >= 0 && block < p.num_blocks", "block >= 0", BLOCKS),
-    Mutant("table read past its end", "page_of_key.h", "index >= row.count", "false", TABLE_END),
+    Mutant("table read past its end", "page_of_key.h", "int>(p.max_blocks)}", "int>(p.max_blocks) + 1}", TABLE_END),
     Mutant(
         "NaN hidden",
         "finish.h",
